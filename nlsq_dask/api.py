@@ -1,0 +1,432 @@
+"""The front door."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.optimize
+import xarray as xr
+from zarr.abc.store import Store as ZarrStore
+
+from nlsq_dask._typing import ModelFunction, Vector
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import ConvergenceError
+from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client
+from nlsq_dask.evaluate.local import LocalEvaluator
+from nlsq_dask.model import Model, build_model, check_traceable, parameter_names, unwrap_jit
+from nlsq_dask.optimizer import NanPolicy, fit_problem
+from nlsq_dask.parameters import BoundsLike, ParameterSpace, StartsLike, build_parameter_space
+from nlsq_dask.plan import plan_chunks, plan_leaves
+from nlsq_dask.problem import Problem
+from nlsq_dask.result import FitResult
+from nlsq_dask.sources.arrays import build_array_source
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.stores import open_store
+from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+from nlsq_dask.status import Status
+from nlsq_dask.telemetry import Callback
+
+__all__ = ["curve_fit", "fit_dataset"]
+
+DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
+
+# Less work than this in a pass is done sooner in this process than sent to a cluster.
+_IN_PROCESS_ROW_PARAMETERS = 5e6
+
+
+def fit_dataset(
+    ds: DatasetLike,
+    model: ModelFunction,
+    *,
+    y: str | xr.DataArray | None = None,
+    x: str | Sequence[str] | None = None,
+    p0: StartsLike = None,
+    bounds: BoundsLike = None,
+    fixed: Iterable[str] = (),
+    sigma: str | xr.DataArray | None = None,
+    absolute_sigma: bool = False,
+    where: str | xr.DataArray | None = None,
+    nan_policy: NanPolicy = "omit",
+    time_units: str | None = None,
+    jac: ModelFunction | None = None,
+    client: Any = None,
+    config: HybridStreamingConfig | None = None,
+    callback: Callback | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> FitResult:
+    r"""Fit one model to a whole dataset, however large, in passes over its chunks.
+
+    Minimises ``F = ½ Σ ((model(x, params) - y) / sigma)²`` over all rows, within `bounds`.
+
+    Parameters
+    ----------
+    ds : xarray.Dataset, str, path, zarr store or Source
+        The data: a dataset (in memory, lazily opened or of Dask arrays), the path or URL of a
+        Zarr or HDF5/netCDF4 store, or any `Source`.
+    model : callable
+        ``model(x1, …, p1, p2, …)``, elementwise and traceable by JAX. Arguments that name a
+        variable, coordinate or dimension of `ds` are independent variables and come first;
+        the others are parameters. Variables arrive as float64 arrays that broadcast against
+        each other, and against the result, by dimension name: 1-d where all share one
+        dimension.
+    y : str or DataArray, optional
+        What is fitted. By default the only numeric data variable left over.
+    x : str or sequence of str, optional
+        The independent variables, where names do not say it.
+    p0 : mapping or sequence, optional
+        Starts by parameter name, or one for each parameter; an array makes an array parameter.
+        By default the model's own keyword defaults, else 1 clipped into the bounds.
+    bounds : mapping, ``(lower, upper)`` or `scipy.optimize.Bounds`, optional
+        ``{"rate": (0, 5)}``, with None for no bound, or SciPy's sequences.
+    fixed : iterable of str
+        Parameters held at their start.
+    sigma : str or DataArray, optional
+        Standard deviation of `y`, in its units.
+    absolute_sigma : bool
+        Whether `sigma` is known; if not, only its ratios count, and the covariance is scaled by
+        the residuals' variance.
+    where : str or DataArray of bool, optional
+        Rows to fit.
+    nan_policy : {"omit", "raise"}
+        Rows with a value that is not finite are left out and counted, or refused.
+    time_units : str, optional
+        CF units for variables of times, ``"hours since 2000-01-01"``; by default days since the
+        first value. Durations are in days. See ``result.diagnostics["time_axes"]``.
+    jac : callable, optional
+        ``jac(x1, …, p1, …)``: the derivative of `model` by its parameters, as a sequence with one
+        array for each or one array with the parameters on its last axis. By default automatic.
+    client : distributed.Client, optional
+        The cluster. By default the active client where a pass is worth sending, else threads of
+        this process. None is ever started.
+    config : HybridStreamingConfig, optional
+    callback : callable, optional
+        Called with an `IterationRecord` after each pass; raising StopIteration ends the fit.
+    storage_options : mapping, optional
+        For a URL, in fsspec's names.
+
+    Returns
+    -------
+    FitResult
+        A fit that did not converge is returned too, and says so.
+
+    Raises
+    ------
+    ModelError, ValueError, TypeError
+        If an argument is not as required: before any work is submitted, except for what only
+        the data can show.
+    DataError
+        If no row can be fitted.
+    StoreNotFoundError
+        If there is no store.
+    MemoryProjectionError
+        If the plan does not fit a worker's memory.
+
+    Notes
+    -----
+    Each trial of the parameters is one pass over the data. A task sends back about
+    ``8 (k² + k)`` bytes for each of a few nodes of the summation tree, for `k` free parameters.
+    A chunk-stratified random sample of at most 1 % of the rows finds the start.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, numpy as np, xarray as xr
+    >>> t = np.linspace(0, 10, 1000)
+    >>> ds = xr.Dataset({"flux": ("t", 2.0 * np.exp(-0.5 * t) + 0.1)}, coords={"t": t})
+    >>> def decay(t, amplitude, rate, offset=0.0):
+    ...     return amplitude * jnp.exp(-rate * t) + offset
+    >>> result = fit_dataset(ds, decay)
+    >>> bool(np.allclose(result.popt, [2.0, 0.5, 0.1]))
+    True
+    """
+    config = _require_config(config)
+    _require_choice("nan_policy", nan_policy, ("omit", "raise"))
+    claimed = _claimed(p0, bounds, fixed)
+    time_axes: dict[str, str] = {}
+    source: Source
+    if isinstance(ds, str | os.PathLike | ZarrStore):
+        ds = open_store(ds, storage_options)
+    elif storage_options is not None:
+        raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
+    if isinstance(ds, xr.Dataset):
+        fitted = build_model(model, known_names(ds), x, claimed, jac)
+        roles = DatasetRoles(x=fitted.variables, y=y, sigma=sigma, where=where)
+        source, axes = build_dataset_source(ds, roles, time_units)
+        time_axes = {name: axis.units for name, axis in axes.items()}
+    elif isinstance(ds, Source):
+        _require_absent("a Source", y=y, sigma=sigma, where=where, time_units=time_units)
+        fitted = build_model(model, ds.variables, ds.variables if x is None else x, claimed, jac)
+        source = ds
+    else:
+        raise TypeError(
+            "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
+            f"got {type(ds).__name__}"
+        )
+    space = build_parameter_space(fitted.parameters, fitted.defaults, p0, bounds, fixed)
+    result = _fit(source, fitted, space, absolute_sigma, nan_policy, client, config, callback)
+    result.diagnostics["time_axes"] = time_axes
+    return result
+
+
+def curve_fit(
+    f: ModelFunction,
+    xdata: Any,
+    ydata: Any,
+    p0: Any = None,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    check_finite: bool | None = None,
+    bounds: BoundsLike = (-np.inf, np.inf),
+    method: str | None = None,
+    jac: ModelFunction | None = None,
+    *,
+    full_output: bool = False,
+    nan_policy: str | None = None,
+    client: Any = None,
+    config: HybridStreamingConfig | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Fit a function to data, with the contract of `scipy.optimize.curve_fit`.
+
+    Parameters
+    ----------
+    f : callable
+        ``f(x, p1, p2, …)`` in JAX's NumPy; `x` of shape ``(m,)`` or ``(variables, m)``.
+    xdata : array or Dask array of shape ``(m,)`` or ``(variables, m)``
+        Or a sequence of Dask arrays, one for each variable.
+    ydata : array or Dask array of shape ``(m,)``
+    p0 : sequence, optional
+        Starts. By default 1, or a point between the bounds.
+    sigma : scalar or ``(m,)``, optional
+        Standard deviations of `ydata`.
+    absolute_sigma : bool
+        Whether `sigma` is known, or only its ratios count.
+    check_finite : bool, optional
+        Whether a value that is not finite is an error. By default True, or False if
+        `nan_policy` is given.
+    bounds : 2-tuple or `scipy.optimize.Bounds`
+    method : {"lm", "trf", "dogbox", "hybrid_streaming"}, optional
+        All are one solver here; "lm" refuses bounds, as in SciPy.
+    jac : callable, optional
+        ``jac(x, p1, …)`` of shape ``(m, n)``. By default automatic.
+    full_output : bool
+        Return also the `FitResult`, its message and an integer flag, in SciPy's places.
+    nan_policy : {"raise", "omit"}, optional
+    client : distributed.Client, optional
+    config : HybridStreamingConfig, optional
+    **kwargs
+        ``ftol``, ``xtol``, ``gtol``, ``max_nfev`` (or ``maxfev``).
+
+    Returns
+    -------
+    popt : (n,)
+    pcov : (n, n)
+    infodict, mesg, ier
+        Only with `full_output`: ``infodict["result"]`` is the `FitResult`.
+
+    Raises
+    ------
+    ValueError
+        If the data hold NaN where they are checked, arrays or bounds do not match.
+    RuntimeError
+        If the fit does not converge (`ConvergenceError`).
+    TypeError
+        If there are fewer rows than parameters with "lm", as in SciPy.
+
+    Warns
+    -----
+    scipy.optimize.OptimizeWarning
+        If the covariance could not be estimated.
+    """
+    config = _with_scipy_options(_require_config(config), kwargs)
+    method = _require_method(method, bounds)
+    source = build_array_source(xdata, ydata, sigma)
+    fitted = _array_model(f, source, p0, bounds, jac)
+    space = build_parameter_space(fitted.parameters, {}, p0, bounds, start_within=_scipy_start)
+    if method == "lm" and space.size > source.num_rows:
+        raise TypeError(
+            f"Improper input: func input vector length N={space.size} must not exceed func "
+            f"output vector length M={source.num_rows}"
+        )
+    _require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
+    refuses = nan_policy is None if check_finite is None else check_finite
+    policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
+    result = _fit(source, fitted, space, absolute_sigma, policy, client, config, None)
+    if not result.success and result.status is not Status.UNIDENTIFIED:
+        raise ConvergenceError(f"Optimal parameters not found: {result.message}")
+    if not full_output:
+        return result.popt, result.pcov
+    information = {"nfev": result.num_passes, "result": result}
+    return result.popt, result.pcov, information, result.message, 1 if result.success else 4
+
+
+def _fit(
+    source: Source,
+    model: Model,
+    space: ParameterSpace,
+    absolute_sigma: bool,
+    nan_policy: NanPolicy,
+    client: Any,
+    config: HybridStreamingConfig,
+    callback: Callback | None,
+) -> FitResult:
+    """Check what can be checked without data, choose where to compute, and fit."""
+    if isinstance(source, GridSource):
+        plan, source = plan_leaves(source, space.num_free, config.chunk_size)
+    else:
+        _require_chunks(source)
+        plan = plan_chunks(source, space.num_free)
+    y_shape, x_shapes = _trial_shapes(source)
+    check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
+    problem = Problem(
+        model=model,
+        space=space,
+        source=source,
+        plan=plan,
+        fill=np.zeros(len(source.variables)),
+        absolute_sigma=absolute_sigma,
+    )
+    evaluator = _choose_evaluator(problem, config, client)
+    try:
+        result = fit_problem(problem, evaluator, config, nan_policy, callback)
+    finally:
+        evaluator.close()
+    for text in result.diagnostics["warnings"]:
+        warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
+    return result
+
+
+def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
+    if client is None:
+        client = active_client()
+        work = problem.source.num_rows * (problem.space.num_free + 1)
+        if client is None or work < _IN_PROCESS_ROW_PARAMETERS:
+            return LocalEvaluator(problem, config)
+    return ClusterEvaluator(problem, config, client)
+
+
+def _trial_shapes(source: Source) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Small shapes with the source's pattern of broadcasting, to trace the model with."""
+    if not isinstance(source, GridSource):
+        return (4,), [(4,) for _ in source.variables]
+    lengths = dict(zip(source.dims, range(3, 3 + len(source.dims)), strict=True))
+    shapes = [
+        tuple(lengths[dim] if dim in column.dims else 1 for dim in source.dims)
+        for column in source.x
+    ]
+    return tuple(lengths.values()), shapes
+
+
+def _array_model(
+    f: ModelFunction, source: GridSource, p0: Any, bounds: BoundsLike, jac: ModelFunction | None
+) -> Model:
+    """SciPy's reading of a signature: the first argument is `x`, the rest are parameters."""
+    function = unwrap_jit(f)
+    names, has_varargs, _ = parameter_names(function)
+    parameters = names[1:]
+    if has_varargs:
+        count = _count_from(p0, bounds)
+        if count is None:
+            raise ValueError("Unable to determine number of fit parameters.")
+        parameters = tuple(f"p{i}" for i in range(count))
+    elif len(names) < 2:
+        raise ValueError("Unable to determine number of fit parameters.")
+    return Model(
+        function=function,
+        variables=source.variables,
+        parameters=parameters,
+        jac=None if jac is None else unwrap_jit(jac),
+        stack_variables=len(source.x) > 1,
+    )
+
+
+def _count_from(p0: Any, bounds: BoundsLike) -> int | None:
+    if p0 is not None:
+        return int(np.size(p0))
+    pair = (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else bounds
+    if isinstance(pair, Mapping) or pair is None:
+        return None
+    sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
+    return max(sizes) if sizes else None
+
+
+def _scipy_start(lower: Vector, upper: Vector) -> Vector:
+    """Where SciPy's `curve_fit` starts without `p0`."""
+    has_lower, has_upper = np.isfinite(lower), np.isfinite(upper)
+    start = np.ones(len(lower))
+    start = np.where(has_lower & ~has_upper, lower + 1.0, start)
+    start = np.where(has_upper & ~has_lower, upper - 1.0, start)
+    both = has_lower & has_upper
+    return np.where(both, 0.5 * (np.where(both, lower, 0) + np.where(both, upper, 0)), start)
+
+
+def _with_scipy_options(
+    config: HybridStreamingConfig, options: dict[str, Any]
+) -> HybridStreamingConfig:
+    names = {"ftol": "ftol", "xtol": "xtol", "gtol": "gtol"}
+    names |= dict.fromkeys(("max_nfev", "maxfev"), "gauss_newton_max_iterations")
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise TypeError(
+            f"curve_fit() got unexpected arguments {unknown}; beside those of its signature it "
+            f"takes {sorted(names)}"
+        )
+    given = {names[name]: value for name, value in options.items() if value is not None}
+    return replace(config, **given)
+
+
+def _require_config(config: HybridStreamingConfig | None) -> HybridStreamingConfig:
+    if config is None:
+        return HybridStreamingConfig()
+    if not isinstance(config, HybridStreamingConfig):
+        raise TypeError(f"`config` must be a HybridStreamingConfig, got {config!r}")
+    return config
+
+
+def _require_method(method: str | None, bounds: BoundsLike) -> str:
+    is_bounded = bounds is not None and (
+        isinstance(bounds, Mapping)
+        or any(
+            np.isfinite(side).any()
+            for side in (
+                (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else bounds
+            )
+        )
+    )
+    if method is None:
+        return "trf" if is_bounded else "lm"
+    _require_choice("method", method, ("lm", "trf", "dogbox", "hybrid_streaming"))
+    if method == "lm" and is_bounded:
+        raise ValueError(
+            "Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox'."
+        )
+    return method
+
+
+def _require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+
+
+def _require_absent(kind: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` must not be given with {kind}, which supplies it itself")
+
+
+def _require_chunks(source: Source) -> None:
+    if source.num_chunks < 1:
+        raise ValueError(f"`ds` must have at least one chunk, got {source.num_chunks}")
+
+
+def _claimed(p0: StartsLike, bounds: BoundsLike, fixed: Iterable[str]) -> set[str]:
+    """Names that an argument uses for parameters."""
+    held = {fixed} if isinstance(fixed, str) else set(fixed)
+    named = [given for given in (p0, bounds) if isinstance(given, Mapping)]
+    return held.union(*named)

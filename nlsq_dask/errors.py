@@ -1,0 +1,41 @@
+"""What can go wrong, each also the builtin that a user would catch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConvergenceError",
+    "DataError",
+    "MemoryProjectionError",
+    "ModelError",
+    "StoreNotFoundError",
+    "UntraceableModelError",
+    "WorkerError",
+]
+
+
+class ModelError(ValueError):
+    """The model breaks the contract: an elementwise, pure function of its arguments."""
+
+
+class UntraceableModelError(ModelError, TypeError):
+    """JAX cannot trace the model."""
+
+
+class DataError(ValueError):
+    """The data cannot be fitted as they are: no valid rows, or values that were refused."""
+
+
+class StoreNotFoundError(FileNotFoundError):
+    """There is no store at the path or URL given."""
+
+
+class MemoryProjectionError(MemoryError):
+    """The plan needs more memory than a worker has. Raised before the first pass."""
+
+
+class WorkerError(RuntimeError):
+    """The cluster cannot run the fit: no workers, other versions, or a task that kept failing."""
+
+
+class ConvergenceError(RuntimeError):
+    """`curve_fit` ended without meeting a convergence test."""

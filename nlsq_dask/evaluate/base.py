@@ -1,0 +1,81 @@
+"""What is asked of a pass over the data, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from nlsq_dask._typing import Float
+from nlsq_dask.evaluate.tree import Node
+from nlsq_dask.normal_equations import Sums
+from nlsq_dask.sources.base import Chunk
+
+__all__ = ["Evaluator", "Pass", "RangeReport", "Request"]
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One trial: normal equations at `params`, and what else the same reading can give."""
+
+    params: Float[np.ndarray, " n"]
+    directions: Float[np.ndarray, "n k"]
+    rivals: Float[np.ndarray, "rivals n"] | None = None  # cost only
+    center: float | None = None  # of the summary of y; None leaves it out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RangeReport:
+    """What one task returns: sums by node of the tree, and how it went."""
+
+    nodes: dict[Node, Sums]
+    bytes_read: int
+    read_seconds: float  # in the reading thread, beside the computing
+    busy_seconds: float
+    num_compilations: int
+    peak_memory_bytes: int
+    process: str
+    offending_leaves: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """The sums over all rows, and how they came about."""
+
+    sums: Sums
+    bytes_read: int
+    seconds: float
+    reports: tuple[RangeReport, ...] = field(default=(), repr=False)
+
+    @property
+    def offending_leaves(self) -> tuple[int, ...]:
+        """Leaves with values that were refused, or where the model is not finite."""
+        return tuple(leaf for report in self.reports for leaf in report.offending_leaves)
+
+
+class Evaluator(Protocol):
+    """Reduces all rows to a few numbers, wherever the rows are."""
+
+    @property
+    def description(self) -> str:
+        """Where the work is done, for the result."""
+
+    def evaluate(self, request: Request) -> Pass:
+        """One pass over all rows."""
+
+    def map_chunks(
+        self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
+    ) -> list[_Value]:
+        """``[function(i, chunk_i), …]``, computed where the chunks are."""
+
+    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
+        """Values at which rows without weight are evaluated, once the sample has shown some."""
+
+    def memory(self) -> dict[str, Any]:
+        """Projected bytes for one process and the limit they were held against."""
+
+    def close(self) -> None: ...

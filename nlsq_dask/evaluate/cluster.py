@@ -1,0 +1,530 @@
+"""Passes on a Dask cluster: a few coarse tasks for each worker, summed by leaf index.
+
+Sources that are stores are read where they are computed on, without a graph in between. Blocks
+of Dask arrays are kept in the workers' memory where they fit and arrive as dependencies;
+where they do not fit, each is loaded and reduced by one task, and let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import sysconfig
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import cloudpickle
+import dask
+import dask.array as da
+import distributed
+import numpy as np
+import psutil
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from nlsq_dask._typing import Float
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import WorkerError
+from nlsq_dask.evaluate.base import Pass, RangeReport, Request
+from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.local import CACHE_SHARE, kernel_bytes
+from nlsq_dask.evaluate.ownership import Ownership
+from nlsq_dask.evaluate.tree import fold_nodes, split_leaves, sum_range
+from nlsq_dask.plan import MemoryProjection
+from nlsq_dask.problem import Problem
+from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.dask import DaskColumn
+from nlsq_dask.sources.grid import GridSource, RemoteColumn
+
+__all__ = ["ClusterEvaluator", "active_client"]
+
+_Value = TypeVar("_Value")
+
+_JAXLIB = importlib.metadata.version("jaxlib")
+_ROWS_PER_TASK = 2**23  # a quarter of a second of work or more
+_TASKS_PER_THREAD = 4
+_MAX_SHIPPED_BYTES = 2**16  # larger arrays travel as blocks, not inside each task
+_PERSIST_SHARE = 0.4  # of the workers' memory
+_WORKER_WAIT_SECONDS = 60.0
+
+
+def active_client() -> distributed.Client | None:
+    """The client that this thread would use, if there is one."""
+    try:
+        return distributed.get_client()
+    except ValueError:
+        return None
+
+
+class ClusterEvaluator:
+    """Passes on the workers of a `distributed.Client`."""
+
+    def __init__(
+        self, problem: Problem, config: HybridStreamingConfig, client: distributed.Client
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._problem = problem
+        self._token = uuid.uuid4().hex[:12]
+        self._num_passes = 0
+        workers = _workers(client)
+        self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
+        self._num_threads = max(w["nthreads"] for w in workers.values())
+        num_slots = sum(w["nthreads"] for w in workers.values())
+        by_size = -(-problem.source.num_rows // _ROWS_PER_TASK)
+        num_tasks = min(max(by_size, num_slots), _TASKS_PER_THREAD * num_slots)
+        self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
+        self._blocks = _remote_arrays(problem.source)
+        self._is_persisted = False
+        self._plugin = _ThreadPoolSize()
+        client.register_plugin(self._plugin, name=self._plugin_name)
+        self._send_problem()
+        self._probes = self._probe_workers()
+        if self._blocks:
+            self._persist_if_it_fits(workers)
+
+    @property
+    def _plugin_name(self) -> str:
+        return f"nlsq-threads-{self._token}"
+
+    @property
+    def description(self) -> str:
+        workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        how = "store read by the workers"
+        if self._blocks:
+            how = "Dask blocks kept by the workers"
+            if not self._is_persisted:
+                how = "Dask blocks computed in every pass: they exceed the workers' memory"
+        return f"cluster of {len(workers)} worker(s), {how}"
+
+    def _send_problem(self) -> None:
+        """Ship the problem once to each worker, as a task: a lost copy is made again."""
+        problem = self._problem
+        if self._blocks:
+            assert isinstance(problem.source, GridSource)
+            columns = problem.source.columns
+            remote = {
+                role: RemoteColumn(
+                    dims=columns[role].dims, shape=columns[role].shape, dtype=columns[role].dtype
+                )
+                for role in self._blocks
+            }
+            problem = replace(problem, source=problem.source.with_columns(remote))
+        cache_bytes = self._cache_bytes
+        with _by_value(problem.model.function):
+            home = _HomeSpec(
+                token=f"{self._token}-{uuid.uuid4().hex[:6]}",
+                payload=cloudpickle.dumps(problem),
+                cache_bytes=cache_bytes,
+                prefetch=self._config.prefetch,
+            )
+        self._home_token = home.token
+        self._spec = home
+        self._home = self._client.submit(
+            _same, home, key=f"nlsq-problem-{home.token}", pure=False, retries=2
+        )
+
+    @property
+    def _cache_bytes(self) -> int:
+        if self._blocks:
+            return 0  # Dask holds the blocks
+        if self._config.cache_bytes is not None:
+            return self._config.cache_bytes
+        return int(CACHE_SHARE * self._memory_limit)
+
+    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
+        self._forget()
+        self._problem = replace(self._problem, fill=fill)
+        self._send_problem()
+
+    # -- checks before the first pass
+
+    def _probe_workers(self) -> dict[str, dict[str, Any]]:
+        """See that every worker can do the work, before any is asked of it."""
+        try:
+            probes: dict[str, dict[str, Any]] = self._client.run(_probe, self._spec)
+        except ModuleNotFoundError as error:
+            raise WorkerError(
+                f"every worker must be able to import this package and what the model uses, "
+                f"but one could not: {error}"
+            ) from error
+        except OSError as error:
+            raise WorkerError(
+                f"`ds` must be readable from every worker, but one could not: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        for address, probe in probes.items():
+            if probe["jaxlib"] != _JAXLIB:
+                raise WorkerError(
+                    f"the workers must have the client's jaxlib, {_JAXLIB}, "
+                    f"but {address} has {probe['jaxlib']}"
+                )
+        return probes
+
+    def memory(self) -> dict[str, Any]:
+        """Projected bytes of a worker process; refused if they exceed its limit."""
+        source = self._problem.source
+        local = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
+        projection = MemoryProjection(
+            base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
+            leaf_bytes=self._problem.plan.leaf_bytes,
+            kernel_bytes=kernel_bytes(local),
+            num_threads=self._num_threads,
+            cache_bytes=self._cache_bytes,
+        )
+        limit = self._memory_limit or None
+        projection.require_within(limit, int(np.prod(source.chunk_shape)))
+        return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
+
+    # -- passes
+
+    def evaluate(self, request: Request) -> Pass:
+        """One pass over all rows, as ordinary tasks: Dask repeats what a lost worker held."""
+        start = time.perf_counter()
+        self._num_passes += 1
+        futures = self._submit(request)
+        try:
+            reports: list[RangeReport] = self._gather(futures)
+        finally:
+            for future in futures:
+                future.release()
+        nodes = {node: sums for report in reports for node, sums in report.nodes.items()}
+        return Pass(
+            sums=fold_nodes(nodes, self._problem.source.num_chunks),
+            bytes_read=self._bytes_read(reports),
+            seconds=time.perf_counter() - start,
+            reports=tuple(reports),
+        )
+
+    def _bytes_read(self, reports: Sequence[RangeReport]) -> int:
+        if not self._is_persisted:
+            return sum(report.bytes_read for report in reports)
+        total = sum(array.nbytes for array in self._blocks.values())
+        return int(total) if self._num_passes == 1 else 0
+
+    def _submit(self, request: Request) -> list[Any]:
+        workers = _workers(self._client)
+        if self._blocks and not self._is_persisted:
+            return self._submit_by_block(request)
+        owners = self._ownership.assign({a: w["nthreads"] for a, w in workers.items()})
+        futures = []
+        for leaves, owner in owners.items():
+            futures.append(
+                self._client.submit(
+                    _reduce_range,
+                    self._home,
+                    leaves,
+                    request,
+                    owner,
+                    [other for other, its in owners.items() if its == owner],
+                    self._futures_of(leaves) if self._blocks else None,
+                    key=f"nlsq-pass-{self._num_passes}-{leaves.start}:{leaves.stop}-{self._token}",
+                    pure=False,
+                    retries=2,
+                    workers=[owner],
+                    allow_other_workers=True,
+                )
+            )
+        return futures
+
+    def _gather(self, futures: list[Any]) -> list[Any]:
+        try:
+            gathered: list[Any] = self._client.gather(futures)
+        except distributed.KilledWorker as error:
+            raise WorkerError(
+                f"a task of the fit kept killing its worker: {error.task}; its leaves may be "
+                "unreadable, or need more memory than a worker has"
+            ) from error
+        return gathered
+
+    def map_chunks(
+        self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
+    ) -> list[_Value]:
+        """``[function(i, chunk_i), …]``, computed by the workers."""
+        label = f"nlsq-sample-{uuid.uuid4().hex[:8]}"
+        if self._blocks:
+            calls = [
+                dask.delayed(_map_chunk, pure=False)(
+                    self._home, function, i, self._delayed_of(i), dask_key_name=f"{label}-{i}"
+                )
+                for i in indices
+            ]
+            futures = self._client.compute(calls, retries=2)
+        else:
+            futures = [
+                self._client.submit(
+                    _map_chunk,
+                    self._home,
+                    function,
+                    i,
+                    None,
+                    key=f"{label}-{i}",
+                    pure=False,
+                    retries=2,
+                )
+                for i in indices
+            ]
+        return self._gather(futures)
+
+    def close(self) -> None:
+        """Leave nothing behind: neither tasks nor chunks nor the plugin."""
+        self._forget()
+        self._blocks = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._client.unregister_worker_plugin(self._plugin_name)
+
+    def _forget(self) -> None:
+        self._home.release()
+        with contextlib.suppress(OSError):
+            self._client.run(_forget_home, self._home_token)
+
+    # -- blocks of Dask arrays
+
+    def _persist_if_it_fits(self, workers: Mapping[str, Any]) -> None:
+        total = sum(array.nbytes for array in self._blocks.values())
+        room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
+        if total > _PERSIST_SHARE * room:
+            return
+        kept = self._client.persist(list(self._blocks.values()))
+        distributed.wait(kept)
+        self._blocks = dict(zip(self._blocks, kept, strict=True))
+        self._futures = {future.key: future for future in distributed.futures_of(kept)}
+        self._is_persisted = True
+
+    def _block_keys(self, leaf: int) -> dict[str, tuple[Any, ...]]:
+        source = self._problem.source
+        assert isinstance(source, GridSource)
+        position = dict(zip(source.dims, np.unravel_index(leaf, source.grid), strict=True))
+        return {
+            role: (array.name, *(int(position[dim]) for dim in source.columns[role].dims))
+            for role, array in self._blocks.items()
+        }
+
+    def _futures_of(self, leaves: range) -> dict[int, dict[str, Any]]:
+        return {
+            leaf: {role: self._futures[key] for role, key in self._block_keys(leaf).items()}
+            for leaf in leaves
+        }
+
+    def _delayed_of(self, leaf: int) -> dict[str, Any]:
+        return {
+            role: self._blocks[role].blocks[tuple(key[1:])].to_delayed().ravel()[0]
+            for role, key in self._block_keys(leaf).items()
+        }
+
+    def _submit_by_block(self, request: Request) -> list[Any]:
+        """One kernel task for each leaf, fused with the loading of its blocks."""
+        source = self._problem.source
+        assert isinstance(source, GridSource)
+        number = da.from_array(
+            np.arange(source.num_chunks).reshape(source.grid), chunks=1, name=False
+        )
+        pairs: list[Any] = [number, source.dims]
+        for role, array in self._blocks.items():
+            pairs += [array, source.columns[role].dims]
+        reduced = da.blockwise(
+            _BlockTask(spec=self._spec, roles=tuple(self._blocks), request=request),
+            source.dims,
+            *pairs,
+            align_arrays=False,
+            adjust_chunks=dict.fromkeys(source.dims, 1),
+            dtype=object,
+            meta=np.empty((0,) * len(source.dims), object),
+            name=f"nlsq-pass-{self._num_passes}-{uuid.uuid4().hex[:8]}",
+        )
+        reports = reduced.to_delayed().ravel()
+        merged = [
+            dask.delayed(_merge, pure=False)([reports[leaf] for leaf in leaves])
+            for leaves in self._ownership.ranges
+        ]
+        futures: list[Any] = self._client.compute(merged, retries=2)
+        return futures
+
+
+def _workers(client: distributed.Client) -> dict[str, Any]:
+    """The workers now, waiting a while for one where a nanny may be restarting it."""
+    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    if not workers:
+        try:
+            client.wait_for_workers(1, timeout=_WORKER_WAIT_SECONDS)
+        except TimeoutError:
+            raise WorkerError(
+                f"`client` must have at least one worker, and had none for "
+                f"{_WORKER_WAIT_SECONDS:.0f} seconds"
+            ) from None
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+    return workers
+
+
+def _remote_arrays(source: Any) -> dict[str, Any]:
+    """Columns that travel as blocks, cut like the leaves; by role. None for a store."""
+    if not isinstance(source, GridSource):
+        return {}
+    columns = source.columns
+    leaf = dict(zip(source.dims, source.leaf_shape, strict=True))
+    remote = {}
+    for role, column in columns.items():
+        chunks = tuple(leaf[dim] for dim in column.dims)
+        if isinstance(column, DaskColumn):
+            array = column.array
+        elif column.is_in_memory and _nbytes(column) > _MAX_SHIPPED_BYTES:
+            array = da.from_array(column.read((slice(None),) * len(column.shape)), chunks=chunks)
+        else:
+            continue
+        remote[role] = array.rechunk(chunks)
+    return remote
+
+
+def _nbytes(column: Any) -> int:
+    return int(np.prod(column.shape)) * int(column.dtype.itemsize)
+
+
+@contextlib.contextmanager
+def _by_value(function: Any) -> Iterator[None]:
+    """Pickle a function by value even where its module could be imported here.
+
+    The user's own modules are not on the workers; installed packages are, and go by name.
+    """
+    module = inspect.getmodule(function) if function is not None else None
+    file = vars(module).get("__file__") or "" if module is not None else ""
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    is_own = module is not None and module.__name__.startswith(__name__.split(".")[0])
+    if not file or is_own or any(file.startswith(folder) for folder in installed):
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+# -- what runs on the workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HomeSpec:
+    """What a worker needs to set up a problem."""
+
+    token: str
+    payload: bytes
+    cache_bytes: int
+    prefetch: bool
+
+
+_HOMES: dict[str, ProblemHome] = {}
+_HOMES_LOCK = threading.Lock()
+
+
+def _home_of(spec: _HomeSpec) -> ProblemHome:
+    """This process's home of the problem: kernels survive from task to task."""
+    with _HOMES_LOCK:
+        if spec.token not in _HOMES:
+            _HOMES[spec.token] = ProblemHome(
+                problem=cloudpickle.loads(spec.payload),
+                cache_bytes=spec.cache_bytes,
+                prefetch=spec.prefetch,
+            )
+        return _HOMES[spec.token]
+
+
+def _forget_home(token: str) -> None:
+    with _HOMES_LOCK:
+        _HOMES.pop(token, None)
+
+
+def _same(spec: _HomeSpec) -> _HomeSpec:
+    return spec
+
+
+def _probe(spec: _HomeSpec) -> dict[str, Any]:
+    problem = _home_of(spec).problem
+    source = problem.source
+    is_remote = isinstance(source, GridSource) and any(
+        isinstance(column, RemoteColumn) for column in source.columns.values()
+    )
+    if not is_remote:
+        source.read(0)
+    return {
+        "jaxlib": _JAXLIB,
+        "python": platform.python_version(),
+        "base_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+def _reduce_range(
+    spec: _HomeSpec,
+    leaves: range,
+    request: Request,
+    owner: str,
+    owned: Sequence[range],
+    blocks: Mapping[int, Mapping[str, np.ndarray]] | None,
+) -> RangeReport:
+    home = _home_of(spec)
+    is_owner = distributed.get_worker().address == owner
+    if is_owner:
+        home.retain(owned)
+    return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
+
+
+def _map_chunk(
+    spec: _HomeSpec,
+    function: Callable[[int, Chunk], _Value],
+    index: int,
+    blocks: Mapping[str, np.ndarray] | None,
+) -> _Value:
+    home = _home_of(spec)
+    return function(index, home.read(index, None if blocks is None else {index: blocks}))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _BlockTask:
+    """Reduces one leaf whose blocks are the arguments."""
+
+    spec: _HomeSpec
+    roles: tuple[str, ...]
+    request: Request
+
+    def __call__(self, number: np.ndarray, *blocks: np.ndarray) -> np.ndarray:
+        leaf = int(number.ravel()[0])
+        report = _home_of(self.spec).reduce(
+            range(leaf, leaf + 1),
+            self.request,
+            blocks={leaf: dict(zip(self.roles, blocks, strict=True))},
+        )
+        out = np.empty((1,) * number.ndim, object)
+        out[...] = report
+        return out
+
+
+def _merge(reports: Sequence[np.ndarray]) -> RangeReport:
+    """The reports of consecutive leaves as one."""
+    each: list[RangeReport] = [report.ravel()[0] for report in reports]
+    leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
+    return RangeReport(
+        nodes=sum_range(leaves),
+        bytes_read=sum(report.bytes_read for report in each),
+        read_seconds=sum(report.read_seconds for report in each),
+        busy_seconds=sum(report.busy_seconds for report in each),
+        num_compilations=sum(report.num_compilations for report in each),
+        peak_memory_bytes=max(report.peak_memory_bytes for report in each),
+        process=each[-1].process,
+        offending_leaves=tuple(leaf for report in each for leaf in report.offending_leaves)[:16],
+    )
+
+
+class _ThreadPoolSize(WorkerPlugin):
+    """XLA's thread pool as large as the worker, not as the machine.
+
+    Only this variable works, and only before the process's first computation; Dask applies
+    the plugin again to a worker that was restarted.
+    """
+
+    def setup(self, worker: Any) -> None:
+        os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))

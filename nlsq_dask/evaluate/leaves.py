@@ -1,0 +1,189 @@
+"""The leaf loop: read, compute, add. The same in a thread of this process and in a task."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+import psutil
+
+from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.tree import sum_range
+from nlsq_dask.kernels.build import Kernels, build_kernels
+from nlsq_dask.normal_equations import Sums
+from nlsq_dask.problem import Problem
+from nlsq_dask.sources.base import Chunk, pad_chunk
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["Blocks", "ProblemHome", "peak_memory_bytes"]
+
+Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
+
+
+@dataclass(kw_only=True, eq=False)
+class ProblemHome:
+    """What a process keeps of a problem between passes: kernels and chunks.
+
+    All of it can be rebuilt. Chunks are admitted until `cache_bytes` are full and dropped when
+    the process no longer owns them; on a cyclic scan, dropping the least recently used one
+    would drop each just before it is needed.
+    """
+
+    problem: Problem
+    cache_bytes: int
+    prefetch: bool
+    kernels: Kernels = field(init=False)
+    _cache: dict[int, Chunk] = field(default_factory=dict)
+    _cached_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _compiled: set[tuple[object, ...]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.kernels = build_kernels(
+            self.problem.model, self.problem.space, self.problem.plan.tile_shape
+        )
+
+    def retain(self, owned: Sequence[range]) -> None:
+        """Drop the chunks that another process owns now."""
+        with self._lock:
+            for index in [i for i in self._cache if not any(i in leaves for leaves in owned)]:
+                self._cached_bytes -= self._cache.pop(index).nbytes
+
+    def reduce(
+        self,
+        leaves: range,
+        request: Request,
+        *,
+        may_cache: bool = True,
+        blocks: Blocks | None = None,
+    ) -> RangeReport:
+        """Sum the leaves of a range, into nodes of the tree."""
+        start = time.perf_counter()
+        meter = _Meter()
+        offending: list[int] = []
+
+        def each() -> Iterator[tuple[int, Sums]]:
+            for index, chunk in self._chunks(leaves, meter, may_cache, blocks):
+                sums = self._evaluate(chunk, request, meter)
+                if _is_offending(sums):
+                    offending.append(index)
+                yield index, sums
+
+        nodes = sum_range(each())
+        return RangeReport(
+            nodes=nodes,
+            bytes_read=meter.bytes_read,
+            read_seconds=meter.read_seconds,
+            busy_seconds=time.perf_counter() - start,
+            num_compilations=meter.num_compilations,
+            peak_memory_bytes=peak_memory_bytes(),
+            process=str(os.getpid()),
+            offending_leaves=tuple(offending[:16]),
+        )
+
+    def _evaluate(self, chunk: Chunk, request: Request, meter: _Meter) -> Sums:
+        fill = self.problem.fill
+        # Other processes never saw the client's setting, and the setting is the thread's own.
+        with jax.enable_x64(True), self._compiling_once(chunk, request, meter):
+            normal = self.kernels.normal_equations(request.params, request.directions, fill, chunk)
+            rivals = summary = None
+            if request.rivals is not None:
+                rivals = self.kernels.costs(request.rivals, fill, chunk)
+            if request.center is not None:
+                summary = self.kernels.summary(np.asarray(request.center, np.float64), fill, chunk)
+            sums = Sums(normal=normal, rival_costs=rivals, summary=summary)
+            fetched: Sums = jax.device_get(sums)
+            return fetched
+
+    @contextmanager
+    def _compiling_once(self, chunk: Chunk, request: Request, meter: _Meter) -> Iterator[None]:
+        """Let one thread compile while the others of the process wait for it."""
+        shapes = (
+            jax.tree.structure(chunk),
+            *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(chunk)),
+        )
+        needed = {("normal equations", shapes)}
+        if request.rivals is not None:
+            needed.add((f"costs of {len(request.rivals)}", shapes))
+        if request.center is not None:
+            needed.add(("summary", shapes))
+        if needed <= self._compiled:
+            yield
+            return
+        with self._lock:
+            meter.num_compilations += len(needed - self._compiled)
+            yield
+            self._compiled |= needed
+
+    def _chunks(
+        self, leaves: range, meter: _Meter, may_cache: bool, blocks: Blocks | None
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Padded chunks in order, the next one read while the caller computes on this one."""
+        if not self.prefetch or len(leaves) == 1:
+            for index in leaves:
+                yield index, self._chunk(index, meter, may_cache, blocks)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read") as reader:
+            pending = reader.submit(self._chunk, leaves[0], meter, may_cache, blocks)
+            for index in leaves:
+                chunk = pending.result()
+                if index + 1 in leaves:
+                    pending = reader.submit(self._chunk, index + 1, meter, may_cache, blocks)
+                yield index, chunk
+
+    def _chunk(self, index: int, meter: _Meter, may_cache: bool, blocks: Blocks | None) -> Chunk:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        start = time.perf_counter()
+        chunk = pad_chunk(self._read(index, blocks), self.problem.source.chunk_shape)
+        meter.read_seconds += time.perf_counter() - start
+        meter.bytes_read += chunk.nbytes
+        if may_cache and blocks is None:
+            with self._lock:
+                if self._cached_bytes + chunk.nbytes <= self.cache_bytes:
+                    self._cache[index] = chunk
+                    self._cached_bytes += chunk.nbytes
+        return chunk
+
+    def _read(self, index: int, blocks: Blocks | None) -> Chunk:
+        source = self.problem.source
+        if blocks is None:
+            return source.read(index)
+        assert isinstance(source, GridSource)
+        return source.assemble(index, blocks[index])
+
+    def read(self, index: int, blocks: Blocks | None = None) -> Chunk:
+        """A chunk as the source gives it, unpadded."""
+        return self._read(index, blocks)
+
+
+@dataclass(kw_only=True)
+class _Meter:
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    num_compilations: int = 0
+
+
+def _is_offending(sums: Sums) -> bool:
+    normal = sums.normal
+    return bool(not normal.is_finite or normal.num_bad_sigma or normal.num_invalid)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size this process has had."""
+    if sys.platform == "win32":
+        peak: int = psutil.Process().memory_info().peak_wset
+        return peak
+    import resource  # POSIX only
+
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes if sys.platform == "darwin" else kibibytes * 1024

@@ -1,0 +1,138 @@
+"""Passes in this process, one range of leaves for each thread."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import psutil
+
+from nlsq_dask._typing import Float, abstract
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.evaluate.base import Pass, Request
+from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.tree import fold_nodes, split_leaves
+from nlsq_dask.plan import MemoryProjection
+from nlsq_dask.problem import Problem
+from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["CACHE_SHARE", "LocalEvaluator", "kernel_bytes"]
+
+_Value = TypeVar("_Value")
+
+CACHE_SHARE = 0.4  # of a process's memory limit, at most
+
+
+class LocalEvaluator:
+    """Passes in this process, by threads. Chunks stay cached where they came from a store."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: HybridStreamingConfig | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        config = HybridStreamingConfig() if config is None else config
+        self._num_threads = num_threads or len(psutil.Process().cpu_affinity() or [1])
+        cache_bytes = config.cache_bytes
+        if _is_in_memory(problem):
+            cache_bytes = 0
+        elif cache_bytes is None:
+            cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
+        self._cache_bytes = cache_bytes
+        self._home = ProblemHome(problem=problem, cache_bytes=cache_bytes, prefetch=config.prefetch)
+
+    @property
+    def problem(self) -> Problem:
+        return self._home.problem
+
+    @property
+    def description(self) -> str:
+        return f"this process, {self._num_threads} thread(s)"
+
+    def evaluate(self, request: Request) -> Pass:
+        """One pass over all rows."""
+        start = time.perf_counter()
+        num_leaves = self.problem.source.num_chunks
+        ranges = split_leaves(num_leaves, self._num_threads)
+        if len(ranges) == 1:
+            reports = [self._home.reduce(ranges[0], request)]
+        else:
+            with ThreadPoolExecutor(len(ranges), thread_name_prefix="nlsq-pass") as threads:
+                reports = list(
+                    threads.map(lambda leaves: self._home.reduce(leaves, request), ranges)
+                )
+        nodes = {node: sums for report in reports for node, sums in report.nodes.items()}
+        return Pass(
+            sums=fold_nodes(nodes, num_leaves),
+            bytes_read=sum(report.bytes_read for report in reports),
+            seconds=time.perf_counter() - start,
+            reports=tuple(reports),
+        )
+
+    def map_chunks(
+        self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
+    ) -> list[_Value]:
+        """``[function(i, chunk_i), …]``."""
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map") as threads:
+            return list(threads.map(lambda i: function(i, self._home.read(i)), indices))
+
+    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
+        self._home.problem = replace(self._home.problem, fill=fill)
+
+    def memory(self) -> dict[str, Any]:
+        """Projected and available bytes; nothing to project where the data are here already."""
+        if _is_in_memory(self.problem):
+            return {}
+        projection = MemoryProjection(
+            base_bytes=psutil.Process().memory_info().rss,
+            leaf_bytes=self.problem.plan.leaf_bytes,
+            kernel_bytes=kernel_bytes(self._home),
+            num_threads=self._num_threads,
+            cache_bytes=self._cache_bytes,
+        )
+        limit = psutil.virtual_memory().total
+        projection.require_within(limit, math.prod(self.problem.plan.leaf_shape))
+        return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
+
+    def close(self) -> None:
+        self._home.retain([])
+
+
+def _is_in_memory(problem: Problem) -> bool:
+    source = problem.source
+    return isinstance(source, GridSource) and all(
+        column.is_in_memory for column in source.columns.values()
+    )
+
+
+def kernel_bytes(home: ProblemHome) -> int:
+    """What XLA says that the normal equations of one chunk need beside their arguments."""
+    problem = home.problem
+    ones = np.ones(problem.source.chunk_shape)
+    template = Chunk(
+        x=tuple(ones for _ in problem.source.variables),
+        y=ones,
+        extent=np.asarray(ones.shape, np.int64),
+    )
+    k = problem.space.num_free
+    shapes = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template)
+    with jax.enable_x64(True):
+        lowered = jax.jit(home.kernels.normal_equations).lower(
+            abstract((problem.space.size,)),
+            abstract((problem.space.size, k)),
+            abstract((len(problem.source.variables),)),
+            shapes,
+        )
+        analysis = lowered.compile().memory_analysis()
+    if analysis is None:  # a backend that does not say
+        return 0
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)

@@ -1,0 +1,1 @@
+"""``(parameters, chunk) -> sums``. The only place that differentiates."""

@@ -1,0 +1,115 @@
+"""Walking a chunk in tiles small enough for their intermediates to stay in cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nlsq_dask._typing import Array, Bool, Float, Shape
+from nlsq_dask.sources.base import Chunk
+
+__all__ = ["Tile", "choose_tile_shape", "sum_tiles"]
+
+_Total = TypeVar("_Total")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Part of a chunk, in float64, with what decides whether a row counts."""
+
+    x: tuple[Float[Array, ...], ...]
+    y: Float[Array, ...]
+    sigma: Float[Array, ...] | None
+    is_row: Bool[Array, ...]  # weight above zero
+    is_wanted: Bool[Array, ...]  # real and selected, finite or not
+
+
+def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
+    """Split `shape` into nearly equal tiles of about `num_rows` rows, whole trailing axes first.
+
+    The tile is part of the plan: the bits of a sum depend on it.
+    """
+    tile: list[int] = []
+    room = max(num_rows, 1)
+    for length in reversed(shape):
+        count = math.ceil(length / min(room, length))
+        size = math.ceil(length / count)
+        tile.insert(0, min(length, -(-size // 8) * 8))  # whole vector registers
+        room = max(room // tile[0], 1)
+    return tuple(tile)
+
+
+def sum_tiles(
+    chunk: Chunk,
+    tile_shape: Shape,
+    fill: Float[Array, " variables"],
+    reduce: Callable[[Tile], _Total],
+) -> _Total:
+    """``Σ reduce(tile)``, tile after tile in one fixed order.
+
+    The last tile along an axis is moved back to end with the chunk; the rows that it shares
+    with the one before have weight zero in it.
+    """
+    shape = chunk.y.shape
+    counts = [math.ceil(length / size) for length, size in zip(shape, tile_shape, strict=True)]
+
+    def at(number: Array) -> Tile:
+        index = jnp.unravel_index(number, counts)
+        wanted = [i * size for i, size in zip(index, tile_shape, strict=True)]
+        starts = [
+            jnp.minimum(start, length - size)
+            for start, length, size in zip(wanted, shape, tile_shape, strict=True)
+        ]
+        return _cut(chunk, starts, wanted, tile_shape, fill)
+
+    def step(number: Array, total: _Total) -> _Total:
+        summed: _Total = jax.tree.map(jnp.add, total, reduce(at(number)))
+        return summed
+
+    template = jax.eval_shape(lambda: reduce(at(jnp.zeros((), jnp.int32))))
+    zero = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), template)
+    total: _Total = lax.fori_loop(0, math.prod(counts), step, zero)
+    return total
+
+
+def _cut(
+    chunk: Chunk,
+    starts: Sequence[Array],
+    wanted: Sequence[Array],
+    tile_shape: Shape,
+    fill: Float[Array, " variables"],
+) -> Tile:
+    def cut(array: Array) -> Array:
+        sizes = [min(size, have) for size, have in zip(tile_shape, array.shape, strict=True)]
+        begin = [
+            start if have > 1 else jnp.zeros_like(start)
+            for start, have in zip(starts, array.shape, strict=True)
+        ]
+        return lax.dynamic_slice(array, begin, sizes)
+
+    is_wanted = jnp.ones(tile_shape, bool)
+    for axis, (start, first) in enumerate(zip(starts, wanted, strict=True)):
+        row = start + lax.broadcasted_iota(start.dtype, tile_shape, axis)
+        is_wanted &= row >= first
+        if chunk.extent is not None:
+            is_wanted &= row < chunk.extent[axis]
+    if chunk.where is not None:
+        is_wanted &= cut(chunk.where)
+    x = tuple(cut(column).astype(jnp.float64) for column in chunk.x)
+    y = cut(chunk.y).astype(jnp.float64)
+    sigma = None if chunk.sigma is None else cut(chunk.sigma).astype(jnp.float64)
+    is_row = is_wanted & jnp.isfinite(y)
+    for column in (*x, *([] if sigma is None else [sigma])):
+        is_row &= jnp.isfinite(column)
+    # A row without weight gets a value at which the model is defined: NaN times zero is NaN.
+    x = tuple(
+        jnp.where(is_row if column.shape == tile_shape else jnp.isfinite(column), column, value)
+        for column, value in zip(x, fill, strict=True)
+    )
+    return Tile(x=x, y=y, sigma=sigma, is_row=is_row, is_wanted=is_wanted)

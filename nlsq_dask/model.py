@@ -1,0 +1,297 @@
+"""The user's function: which arguments are variables, which are parameters, and what it must be."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlsq_dask._typing import Array, Float, ModelFunction, Shape, abstract
+from nlsq_dask.errors import ModelError, UntraceableModelError
+
+__all__ = ["Model", "build_model", "check_elementwise", "check_traceable", "parameter_names"]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """An elementwise, pure function of variables and parameters, as JAX sees it.
+
+    ``function(*variables, *parameters)``. With `stack_variables` the variables arrive as one
+    array with a leading axis, SciPy's layout for several variables.
+    """
+
+    function: ModelFunction
+    variables: tuple[str, ...]
+    parameters: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    jac: ModelFunction | None = None
+    stack_variables: bool = False
+
+    @property
+    def name(self) -> str:
+        return _name_of(self.function)
+
+    def __call__(self, x: Sequence[Array], params: Sequence[Array]) -> Array:
+        """Evaluate the model; differentiable by `params`, by the user's `jac` where given."""
+        if self.jac is None:
+            return jnp.asarray(self.function(*self._variables(x), *params))
+        return self._with_jac(tuple(x), tuple(params))
+
+    def _variables(self, x: Sequence[Array]) -> Sequence[Array]:
+        return (jnp.stack(jnp.broadcast_arrays(*x)),) if self.stack_variables else x
+
+    def _with_jac(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Array:
+        @jax.custom_jvp
+        def evaluate(params: tuple[Array, ...]) -> Array:
+            return jnp.asarray(self.function(*self._variables(x), *params))
+
+        @evaluate.defjvp
+        def evaluate_jvp(
+            primals: tuple[tuple[Array, ...]], tangents: tuple[tuple[Array, ...]]
+        ) -> tuple[Array, Array]:
+            value = evaluate(*primals)
+            flat = jnp.concatenate([jnp.ravel(jnp.asarray(part)) for part in tangents[0]])
+            return value, jnp.broadcast_to(self._jacobian(x, primals[0]) @ flat, value.shape)
+
+        value: Array = evaluate(params)
+        return value
+
+    def _jacobian(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Float[Array, "... n"]:
+        """The user's derivative, `n` last: given whole, or as one array for each parameter."""
+        assert self.jac is not None
+        size = sum(int(np.prod(np.shape(part))) for part in params)
+        jacobian = self.jac(*self._variables(x), *params)
+        if isinstance(jacobian, tuple | list):
+            if len(jacobian) != len(params):
+                raise ModelError(
+                    f"`jac` must return one array for each of the {len(params)} parameters, "
+                    f"got {len(jacobian)}"
+                )
+            shape = jnp.broadcast_shapes(*(np.shape(part) for part in x))
+            columns = [
+                jnp.broadcast_to(column, shape + np.shape(part)).reshape(*shape, -1)
+                for column, part in zip(jacobian, params, strict=True)
+            ]
+            return jnp.concatenate(columns, axis=-1)
+        jacobian = jnp.asarray(jacobian)
+        if jacobian.ndim == 0 or jacobian.shape[-1] != size:
+            raise ModelError(
+                f"`jac` must return an array whose last axis has length {size}, the number of "
+                f"parameters, got shape {jacobian.shape}"
+            )
+        return jacobian
+
+
+def parameter_names(function: ModelFunction) -> tuple[tuple[str, ...], bool, dict[str, Any]]:
+    """The function's positional arguments, whether ``*args`` follow, and their defaults."""
+    if not callable(function):
+        raise TypeError(f"`model` must be callable, got {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise ModelError(
+            f"`model` must have a signature that Python can read, got {function!r}; "
+            "wrap it in a def with named arguments"
+        ) from None
+    arguments = signature.parameters.values()
+    for argument in arguments:
+        is_required = argument.default is inspect.Parameter.empty
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY and is_required:
+            raise ModelError(
+                f"`model` must take its variables and parameters by position, got the "
+                f"keyword-only argument {argument.name!r}"
+            )
+    positional = [argument for argument in arguments if argument.kind in _POSITIONAL]
+    has_varargs = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments)
+    defaults = {
+        argument.name: argument.default
+        for argument in positional
+        if argument.default is not inspect.Parameter.empty
+    }
+    return tuple(argument.name for argument in positional), has_varargs, defaults
+
+
+def build_model(
+    function: ModelFunction,
+    known: Collection[str],
+    x: str | Sequence[str] | None = None,
+    claimed: Collection[str] = (),
+    jac: ModelFunction | None = None,
+) -> Model:
+    """Split the arguments of `function` into variables, which come first, and parameters.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(x1, …, p1, p2, …)``.
+    known : collection of str
+        Names that the dataset can supply.
+    x : str or sequence of str, optional
+        The variables, in the order of the function's first arguments. Unset, the arguments
+        that `known` holds.
+    claimed : collection of str
+        Names that `p0`, `bounds` or `fixed` use as parameters.
+    jac : callable, optional
+        ``jac(x1, …, p1, p2, …)``, the derivative by the parameters.
+
+    Raises
+    ------
+    ModelError
+        If variables do not come first, or a name could be a variable and a parameter.
+    """
+    function = unwrap_jit(function)
+    names, has_varargs, defaults = parameter_names(function)
+    if has_varargs:
+        raise ModelError(
+            "`model` must name its parameters: `*args` has no names to fit by, "
+            f"got {_name_of(function)}{inspect.signature(function)}"
+        )
+    variables = _explicit_variables(names, x) if x is not None else None
+    if variables is None:
+        found = [name for name in names if name in known]
+        both = [name for name in found if name in claimed]
+        if both:
+            raise ModelError(
+                f"`model` argument {both[0]!r} could be a variable of `ds` and is also named as a "
+                "parameter by `p0`, `bounds` or `fixed`; say which with `x=`"
+            )
+        variables = tuple(found)
+        if names[: len(found)] != variables:
+            raise ModelError(
+                f"`model` must take its variables before its parameters; of its arguments "
+                f"{list(names)}, `ds` has {found}. Reorder them, or say which with `x=`"
+            )
+    return Model(
+        function=function,
+        variables=variables,
+        parameters=names[len(variables) :],
+        defaults={name: defaults[name] for name in names[len(variables) :] if name in defaults},
+        jac=None if jac is None else unwrap_jit(jac),
+    )
+
+
+def _explicit_variables(names: tuple[str, ...], x: str | Sequence[str]) -> tuple[str, ...]:
+    variables = (x,) if isinstance(x, str) else tuple(x)
+    if len(variables) > len(names):
+        raise ModelError(
+            f"`x` must name at most as many variables as the model has arguments, "
+            f"{list(names)}, got {list(variables)}"
+        )
+    return variables
+
+
+def unwrap_jit(function: ModelFunction) -> ModelFunction:
+    """The function under `jax.jit`: a jitted closure would compile again in every task."""
+    jitted = type(jax.jit(lambda: None))
+    while isinstance(function, jitted):
+        function = vars(function)["__wrapped__"]
+    return function
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return function.__name__ if inspect.isroutine(function) else type(function).__name__
+
+
+def check_traceable(
+    model: Model, x_shapes: Sequence[Shape], params: Sequence[Array], y_shape: Shape
+) -> None:
+    """Trace the model twice, without data, and hold it to its contract.
+
+    Raises
+    ------
+    UntraceableModelError
+        If JAX cannot trace it.
+    ModelError
+        If its result does not broadcast against `y`, is not real, or differs from one trace
+        to the next (a model with state, or with random numbers).
+    """
+    with jax.enable_x64(True):
+        x = [abstract(shape) for shape in x_shapes]
+        traces = [_trace(model, x, params) for _ in range(2)]
+    (shape, dtype, first), (_, _, second) = traces
+    try:
+        fits = np.broadcast_shapes(shape, y_shape) == tuple(y_shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"`model` must return an array that broadcasts to the shape of `y`, {y_shape}, for "
+            f"variables of shapes {[tuple(s) for s in x_shapes]}, got shape {shape}"
+        )
+    if np.dtype(dtype).kind not in "fiub":
+        raise ModelError(f"`model` must return real numbers, got {np.dtype(dtype)}")
+    if first != second:
+        raise ModelError(
+            "`model` must be pure: two traces of it differ, so it has state or draws random "
+            "numbers outside of JAX"
+        )
+
+
+def _trace(
+    model: Model, x: Sequence[jax.ShapeDtypeStruct], params: Sequence[Array]
+) -> tuple[Shape, Any, tuple[str, tuple[bytes, ...]]]:
+    def evaluate(x: Sequence[Array], params: Sequence[Array]) -> tuple[Array, Array]:
+        params = tuple(params)
+        return jax.jvp(lambda p: model(x, p), (params,), (params,))
+
+    try:
+        closed, out = jax.make_jaxpr(evaluate, return_shape=True)(tuple(x), tuple(params))
+    except ModelError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UntraceableModelError(
+            f"`model` must be traceable by JAX: write it with `jax.numpy`, without branching on "
+            f"values. Calling {model.name}({', '.join(model.variables + model.parameters)}) "
+            f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    constants = tuple(np.asarray(const).tobytes() for const in closed.consts)
+    text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses differ from trace to trace
+    return tuple(out[0].shape), out[0].dtype, (text, constants)
+
+
+def check_elementwise(model: Model, x: Sequence[Array], params: Sequence[Array]) -> None:
+    """Refuse a model that mixes rows, found by permuting and splitting a sample.
+
+    Parameters
+    ----------
+    model : Model
+    x : sequence of (rows,)
+        The variables of a sample.
+    params : sequence of arrays
+
+    Raises
+    ------
+    ModelError
+        If any row's value depends on which other rows are present.
+    """
+    rows = len(x[0]) if x else 0
+    if rows < 2:
+        return
+    order = np.random.default_rng(0).permutation(rows)
+    half = rows // 2
+    with jax.enable_x64(True):
+
+        def evaluate(index: Any) -> Any:
+            part = [np.asarray(column)[index].astype(np.float64) for column in x]
+            return np.broadcast_to(np.asarray(model(part, params)), part[0].shape)
+
+        whole = evaluate(slice(None))
+        permuted = np.empty(rows)
+        permuted[order] = evaluate(order)
+        split = np.concatenate([evaluate(slice(None, half)), evaluate(slice(half, None))])
+    scale = np.max(np.abs(whole), where=np.isfinite(whole), initial=0.0)
+    for other, how in ((permuted, "permuting"), (split, "splitting")):
+        if not np.allclose(whole, other, rtol=1e-7, atol=1e-10 * scale, equal_nan=True):
+            raise ModelError(
+                f"`model` must be elementwise: {how} the rows changes their values, so a row "
+                "depends on the others (as `x - x.mean()` does). Compute such quantities over "
+                "the whole dataset first, and pass them as variables or constants"
+            )

@@ -1,0 +1,68 @@
+"""What every set of rows is reduced to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from nlsq_dask._typing import Array, Float, Int
+
+__all__ = ["NormalEquations", "RowSummary", "Sums"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class NormalEquations:
+    """Quadratic model of the cost, summed over some set of rows. Additive.
+
+    The Jacobian is taken along `k` directions in parameter space, the columns of ``E R⁻¹``,
+    where `E` selects the free parameters and `R` whitens them (see ``whitening.py``):
+    with near-orthonormal columns the gram keeps the digits that ``JᵀJ`` loses.
+    """
+
+    gram: Float[Array, "k k"]  # (J R⁻¹)ᵀ (J R⁻¹)
+    grad: Float[Array, " k"]  # (J R⁻¹)ᵀ r
+    cost: Float[Array, ""]  # ½ Σ r²
+    num_rows: Int[Array, ""]  # rows with a weight
+    num_invalid: Int[Array, ""]  # rows wanted, but with a value that is not finite
+    num_bad_sigma: Int[Array, ""]  # rows with sigma <= 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model and its derivative were finite in every row."""
+        return bool(
+            np.isfinite(self.cost)
+            and np.all(np.isfinite(self.grad))
+            and np.all(np.isfinite(self.gram))
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RowSummary:
+    """Weighted moments of ``y`` about a fixed centre. Additive; they never change in a fit."""
+
+    weight: Float[Array, ""]  # Σ w
+    first: Float[Array, ""]  # Σ w (y - c)
+    second: Float[Array, ""]  # Σ w (y - c)²
+
+    @property
+    def total_sum_of_squares(self) -> float:
+        """``Σ w (y - ȳ)²`` about the weighted mean."""
+        return float(self.second - self.first**2 / self.weight) if self.weight > 0 else 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """All that one pass returns. Additive, leaf by leaf of the tree."""
+
+    normal: NormalEquations
+    rival_costs: Float[Array, " rivals"] | None = None
+    summary: RowSummary | None = None
+
+    def __add__(self, other: Sums) -> Sums:
+        summed: Sums = jax.tree.map(np.add, self, other)
+        return summed

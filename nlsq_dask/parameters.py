@@ -1,0 +1,267 @@
+"""Parameters by name: shapes, starts, bounds, and which of them are free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from scipy.optimize import Bounds
+
+from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
+
+__all__ = ["BoundsLike", "ParameterSpace", "StartsLike", "build_parameter_space", "strictly_inside"]
+
+StartsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Vector | None
+BoundsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Bounds | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParameterSpace:
+    """The flat vector of all `n` parameters, and the `k` of them that are free."""
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    p0: Float[np.ndarray, " n"]
+    lower: Float[np.ndarray, " n"]
+    upper: Float[np.ndarray, " n"]
+    is_free: Bool[np.ndarray, " n"]
+
+    @property
+    def size(self) -> int:
+        return len(self.p0)
+
+    @property
+    def num_free(self) -> int:
+        return int(self.is_free.sum())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each element of the flat vector: ``a``, ``c[0]``, ``c[1]``, …"""
+        return tuple(
+            name if not shape else f"{name}[{','.join(map(str, index))}]"
+            for name, shape in zip(self.names, self.shapes, strict=True)
+            for index in np.ndindex(shape)
+        )
+
+    @property
+    def free_bounds(self) -> tuple[Vector, Vector]:
+        return self.lower[self.is_free], self.upper[self.is_free]
+
+    def unflatten(self, params: Float[Array, " n"]) -> tuple[Array, ...]:
+        """One array for each named parameter, in the shape that the model expects."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        ends = np.cumsum(sizes)
+        return tuple(
+            params[int(end) - size : int(end)].reshape(shape)
+            for size, end, shape in zip(sizes, ends, self.shapes, strict=True)
+        )
+
+    def expand(self, free: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
+        """All parameters, given the free ones; the fixed ones stay at `p0`."""
+        params = self.p0.copy()
+        params[self.is_free] = free
+        return params
+
+    def embed(self, columns: Float[np.ndarray, "k j"]) -> Float[np.ndarray, "n j"]:
+        """Directions among the free parameters, as directions among all of them."""
+        directions = np.zeros((self.size, columns.shape[1]))
+        directions[self.is_free] = columns
+        return directions
+
+
+def build_parameter_space(
+    names: Sequence[str],
+    defaults: Mapping[str, Any],
+    p0: StartsLike = None,
+    bounds: BoundsLike = None,
+    fixed: Iterable[str] = (),
+    start_within: Callable[[Vector, Vector], Vector] | None = None,
+) -> ParameterSpace:
+    """Resolve starts and bounds, given in SciPy's forms or by name, into one flat space.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The model's parameters, in its order.
+    defaults : mapping
+        Starts from the model's own keyword defaults.
+    p0 : mapping or sequence, optional
+        Starts by name (the rest default), or one for each parameter in order. An array is a
+        parameter with as many elements.
+    bounds : mapping, ``(lower, upper)`` or `scipy.optimize.Bounds`, optional
+        By name ``(lower, upper)``, each scalar or of the parameter's shape, None for none; or
+        SciPy's two sequences over the flat vector.
+    fixed : iterable of str
+        Parameters held at their start.
+    start_within : callable, optional
+        ``(lower, upper) -> start`` for parameters given nowhere; 1 clipped into the bounds
+        by default.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, a value is not finite, shapes disagree, bounds are not ordered,
+        or a start is outside its bounds.
+    """
+    if not names:
+        raise ValueError("`model` must have at least one parameter besides its variables")
+    starts, given = _resolve_starts(names, defaults, p0)
+    shapes = tuple(start.shape for start in starts)
+    flat = np.concatenate([start.ravel() for start in starts])
+    is_given = np.concatenate(
+        [np.full(start.size, known) for start, known in zip(starts, given, strict=True)]
+    )
+    lower, upper = _resolve_bounds(names, shapes, bounds)
+    chosen = np.clip(1.0, lower, upper) if start_within is None else start_within(lower, upper)
+    flat = np.where(is_given, flat, chosen)
+    is_fixed = _resolve_fixed(names, shapes, fixed)
+    outside = ((flat < lower) | (flat > upper)) & ~is_fixed
+    space = ParameterSpace(
+        names=tuple(names),
+        shapes=shapes,
+        p0=np.where(is_fixed, flat, strictly_inside(flat, lower, upper)),
+        lower=lower,
+        upper=upper,
+        is_free=~is_fixed,
+    )
+    if outside.any():
+        worst = int(np.flatnonzero(outside)[0])
+        raise ValueError(
+            f"`p0` must lie within `bounds`: {space.labels[worst]} = {flat[worst]!r} is outside "
+            f"[{lower[worst]!r}, {upper[worst]!r}]"
+        )
+    if is_fixed.all():
+        raise ValueError(f"`fixed` must leave a parameter free, got all of {list(names)}")
+    return space
+
+
+def _resolve_starts(
+    names: Sequence[str], defaults: Mapping[str, Any], p0: StartsLike
+) -> tuple[list[Vector], list[bool]]:
+    if p0 is None:
+        values: dict[str, Any] = dict(defaults)
+    elif isinstance(p0, Mapping):
+        _require_known("p0", p0, names)
+        values = {**defaults, **p0}
+    else:
+        sequence = np.atleast_1d(p0) if np.isscalar(p0) else p0
+        if isinstance(sequence, str) or len(sequence) != len(names):
+            got = repr(sequence) if isinstance(sequence, str) else f"{len(sequence)} values"
+            raise ValueError(
+                f"`p0` must have one value for each of the {len(names)} parameters "
+                f"{list(names)}, got {got}"
+            )
+        values = dict(zip(names, sequence, strict=True))
+    starts = [_finite_array(f"p0[{name!r}]", values.get(name, 1.0)) for name in names]
+    return starts, [name in values for name in names]
+
+
+def _finite_array(argument: str, value: Any) -> Vector:
+    array = _real_array(argument, value)
+    if array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"`{argument}` must be finite and not empty, got {value!r}")
+    return array
+
+
+def _real_array(argument: str, value: Any) -> Vector:
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"`{argument}` must be real numbers, got {value!r}")
+    return array.astype(np.float64)
+
+
+def _resolve_bounds(
+    names: Sequence[str], shapes: Sequence[Shape], bounds: BoundsLike
+) -> tuple[Vector, Vector]:
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes)
+    if bounds is None:
+        return np.full(total, -np.inf), np.full(total, np.inf)
+    if isinstance(bounds, Mapping):
+        _require_known("bounds", bounds, names)
+        pairs = [
+            _bounds_of(name, shape, bounds.get(name, (None, None)))
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        lower, upper = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    else:
+        pair = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else bounds
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(
+                f"`bounds` must be (lower, upper), a mapping by name or scipy.optimize.Bounds, "
+                f"got {bounds!r}"
+            )
+        lower, upper = (_side(side, total) for side in pair)
+    _require_ordered(names, shapes, lower, upper)
+    return lower, upper
+
+
+def _side(side: Any, total: int) -> Vector:
+    array = _real_array("bounds", side)
+    if array.ndim > 0 and array.size != total:
+        raise ValueError(
+            f"`bounds` must be scalars or have {total} elements, one for each parameter, "
+            f"got {array.size}"
+        )
+    return np.broadcast_to(array.ravel() if array.ndim else array, (total,)).copy()
+
+
+def _bounds_of(name: str, shape: Shape, pair: Any) -> tuple[Vector, Vector]:
+    if isinstance(pair, str) or np.ndim(pair) == 0 or len(pair) != 2:
+        raise ValueError(f"`bounds[{name!r}]` must be (lower, upper), got {pair!r}")
+    low, high = (
+        _real_array(f"bounds[{name!r}]", default if value is None else value)
+        for value, default in zip(pair, (-np.inf, np.inf), strict=True)
+    )
+    try:
+        return np.broadcast_to(low, shape).ravel(), np.broadcast_to(high, shape).ravel()
+    except ValueError:
+        raise ValueError(
+            f"`bounds[{name!r}]` must be scalars or have the parameter's shape {shape}, "
+            f"got shapes {low.shape} and {high.shape}"
+        ) from None
+
+
+def _require_ordered(
+    names: Sequence[str], shapes: Sequence[Shape], lower: Vector, upper: Vector
+) -> None:
+    wrong = np.flatnonzero(~(lower < upper))
+    if wrong.size:
+        first = int(wrong[0])
+        owners = np.repeat(np.array(names), [math.prod(shape) for shape in shapes])
+        raise ValueError(
+            f"`bounds` must have each lower bound strictly less than its upper bound, got "
+            f"({lower[first]!r}, {upper[first]!r}) for {owners[first]!s}; "
+            "to hold a parameter, name it in `fixed`"
+        )
+
+
+def _resolve_fixed(
+    names: Sequence[str], shapes: Sequence[Shape], fixed: Iterable[str]
+) -> Bool[np.ndarray, " n"]:
+    held = (fixed,) if isinstance(fixed, str) else tuple(fixed)
+    _require_known("fixed", held, names)
+    return np.concatenate(
+        [np.full(math.prod(shape), name in held) for name, shape in zip(names, shapes, strict=True)]
+    )
+
+
+def _require_known(argument: str, given: Iterable[str], names: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(
+            f"`{argument}` must name parameters of the model, {list(names)}, got {unknown}"
+        )
+
+
+def strictly_inside(params: Vector, lower: Vector, upper: Vector) -> Vector:
+    """Move points that lie on a bound just off it: every iterate is strictly feasible."""
+    room = np.where(np.isfinite(lower) & np.isfinite(upper), upper - lower, np.inf)
+    low, high = (
+        np.minimum(1e-10 * np.maximum(1.0, np.abs(side)), 0.5 * room)
+        for side in (np.nan_to_num(lower), np.nan_to_num(upper))
+    )
+    return np.clip(params, lower + low, upper - high)

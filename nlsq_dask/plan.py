@@ -1,0 +1,168 @@
+"""How the rows are cut, and what that costs in memory, before the first pass.
+
+Leaves and tiles depend on shapes, the store's grid, the number of parameters and the
+configuration alone: never on workers or memory, because the bits of the answer follow them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from nlsq_dask._typing import Shape
+from nlsq_dask.errors import MemoryProjectionError
+from nlsq_dask.kernels.tiles import choose_tile_shape
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = [
+    "MemoryProjection",
+    "Plan",
+    "choose_leaf_shape",
+    "choose_tile_rows",
+    "plan_chunks",
+    "plan_leaves",
+]
+
+_MIN_LEAF_ROWS = 2**16
+_MAX_LEAF_ROWS = 2**20
+_TILE_BYTES = 2**20  # of Jacobian: it stays in the second-level cache
+_MAX_TILE_ROWS = 2**13
+# Read, decoded and aligned at once in the reading thread, the next one ready, one computed.
+_LEAF_COPIES = 5
+# Measured: what the first compilation of a kernel leaves behind in a process.
+_COMPILATION_BYTES = 320 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The cut of the rows into leaves and tiles. The same plan gives the same bits."""
+
+    num_rows: int
+    num_leaves: int
+    leaf_shape: Shape
+    tile_shape: Shape
+    leaf_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryProjection:
+    """Bytes that one process is expected to need at most."""
+
+    base_bytes: int
+    leaf_bytes: int
+    kernel_bytes: int
+    num_threads: int
+    cache_bytes: int
+
+    @property
+    def task_bytes(self) -> int:
+        return _LEAF_COPIES * self.leaf_bytes + self.kernel_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        tasks = self.num_threads * self.task_bytes
+        return self.base_bytes + _COMPILATION_BYTES + tasks + self.cache_bytes
+
+    def require_within(self, limit_bytes: int | None, leaf_rows: int) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises
+        ------
+        MemoryProjectionError
+            With the number of rows at a time that would.
+        """
+        if limit_bytes is None or self.total_bytes <= limit_bytes:
+            return
+        room = limit_bytes - self.base_bytes - _COMPILATION_BYTES - self.cache_bytes
+        rows = int(leaf_rows * max(room, 0) / (self.num_threads * self.task_bytes))
+        remedy = (
+            f"use `chunk_size` <= {rows:,}"
+            if rows >= 1
+            else "give the workers more memory, or fewer threads each"
+        )
+        raise MemoryProjectionError(
+            f"a worker needs {self.total_bytes / 2**20:,.0f} MiB for {self.num_threads} thread(s) "
+            f"of {leaf_rows:,} rows at a time, but is limited to {limit_bytes / 2**20:,.0f} MiB; "
+            f"{remedy}"
+        )
+
+
+def choose_leaf_shape(shape: Shape, unit: Shape | None, chunk_size: int | None) -> Shape:
+    """A multiple of the store's own blocks, of about a million rows, or of `chunk_size` at most.
+
+    Trailing dimensions are filled first, so that a leaf is read in long runs. A block larger
+    than `chunk_size` is divided, and then decoded once for each part.
+    """
+    rows = math.prod(shape)
+    limit = min(max(rows // 64, _MIN_LEAF_ROWS), _MAX_LEAF_ROWS)
+    limit = limit if chunk_size is None else min(limit, chunk_size)
+    leaf = [1] * len(shape) if unit is None else [min(p) for p in zip(unit, shape, strict=True)]
+    leaf = _divide(leaf, limit if unit is None or chunk_size is not None else math.prod(leaf))
+    for axis in reversed(range(len(shape))):
+        factor = limit // math.prod(leaf)
+        if factor > 1:
+            leaf[axis] = min(leaf[axis] * factor, shape[axis])
+        if leaf[axis] < shape[axis]:
+            break
+    return tuple(leaf)
+
+
+def _divide(leaf: list[int], limit: int) -> list[int]:
+    """Shrink leading axes, by whole divisors of the block where there is one."""
+    leaf = list(leaf)
+    for axis, length in enumerate(leaf):
+        excess = math.ceil(math.prod(leaf) / limit)
+        if excess <= 1:
+            break
+        parts = next((d for d in range(excess, length + 1) if length % d == 0), length)
+        leaf[axis] = length // parts
+    return leaf
+
+
+def choose_tile_rows(num_free: int) -> int:
+    """Rows for which the Jacobian of a tile stays in cache."""
+    return max(256, min(_MAX_TILE_ROWS, _TILE_BYTES // (8 * (num_free + 1))))
+
+
+def plan_leaves(
+    source: GridSource, num_free: int, chunk_size: int | None
+) -> tuple[Plan, GridSource]:
+    """Cut a dataset into leaves of the store's grid, and those into tiles."""
+    unit = source.y.chunks
+    if unit is None:
+        unit = next(
+            (c.chunks for c in source.columns.values() if c.dims == source.dims and c.chunks), None
+        )
+    leaf_shape = choose_leaf_shape(source.shape, unit, chunk_size)
+    cut = replace(source, leaf_shape=leaf_shape)
+    chunk_shape = cut.chunk_shape
+    lengths = dict(zip(cut.dims, chunk_shape, strict=True))
+    leaf_bytes = sum(
+        math.prod(lengths[dim] for dim in column.dims) * _held_bytes(role, column.dtype.itemsize)
+        for role, column in cut.columns.items()
+    )
+    plan = Plan(
+        num_rows=cut.num_rows,
+        num_leaves=cut.num_chunks,
+        leaf_shape=chunk_shape,
+        tile_shape=choose_tile_shape(chunk_shape, choose_tile_rows(num_free)),
+        leaf_bytes=leaf_bytes,
+    )
+    return plan, cut
+
+
+def plan_chunks(source: Source, num_free: int) -> Plan:
+    """Take a source's own chunks as leaves."""
+    shape = tuple(source.chunk_shape)
+    return Plan(
+        num_rows=source.num_rows,
+        num_leaves=source.num_chunks,
+        leaf_shape=shape,
+        tile_shape=choose_tile_shape(shape, choose_tile_rows(num_free)),
+        leaf_bytes=8 * math.prod(shape) * (len(source.variables) + 2),
+    )
+
+
+def _held_bytes(role: str, itemsize: int) -> int:
+    return 1 if role == "where" else max(itemsize, 4)

@@ -1,0 +1,237 @@
+"""What a fit says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import xarray as xr
+
+from nlsq_dask._typing import Float, Shape
+from nlsq_dask.status import Status
+from nlsq_dask.telemetry import IterationRecord
+
+__all__ = ["FitResult"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FitResult:
+    """Parameters, their uncertainty, and how the fit came to them.
+
+    Attributes
+    ----------
+    popt : (n,)
+        All parameters, fixed ones included, in the model's order.
+    pcov : (n, n)
+        Their covariance; zero rows for fixed parameters, infinite variance for those that the
+        data do not determine.
+    param_names : tuple of str
+        A name for each element of `popt`; elements of array parameters are ``c[0]``, ``c[1]``, …
+    status : Status
+        Why the fit stopped; `success` is whether a convergence test was met.
+    cost : float
+        ``½ Σ r²``, with ``r = (model - y) / sigma``.
+    num_rows, num_masked : int
+        Rows that counted, and rows left out.
+    num_passes : int
+        Passes over all data.
+    bytes_read : int
+        Decoded bytes read from the source, the sample included; cached chunks count once.
+    optimality : float
+        The largest cosine between the residuals and a column of the Jacobian.
+    distance : float
+        Estimated distance to the minimum, in standard errors.
+    condition_number : float
+        Of the Jacobian with columns of unit length.
+    rank : int
+        Directions among the free parameters that the data determine.
+    active : (n,) of bool
+        Parameters that a bound holds.
+    history : tuple of IterationRecord
+        One for each pass.
+    diagnostics : dict
+        The sample, the optima that competed, the plan, memory, timings, versions.
+    """
+
+    popt: Float[np.ndarray, " n"]
+    pcov: Float[np.ndarray, "n n"]
+    param_names: tuple[str, ...]
+    shapes: dict[str, Shape]
+    is_free: np.ndarray
+    status: Status
+    details: str
+    cost: float
+    num_rows: int
+    num_masked: int
+    total_sum_of_squares: float
+    num_passes: int
+    bytes_read: int
+    optimality: float
+    distance: float
+    condition_number: float
+    rank: int
+    active: np.ndarray
+    absolute_sigma: bool
+    history: tuple[IterationRecord, ...] = field(repr=False)
+    diagnostics: dict[str, Any] = field(repr=False)
+
+    # -- parameters
+
+    @property
+    def perr(self) -> Float[np.ndarray, " n"]:
+        """Standard errors."""
+        return np.sqrt(np.diag(self.pcov))
+
+    @property
+    def params(self) -> xr.DataArray:
+        """`popt` by name: ``result.params.sel(param="rate")``."""
+        return xr.DataArray(self.popt, coords={"param": list(self.param_names)}, name="params")
+
+    @property
+    def covariance(self) -> xr.DataArray:
+        """`pcov` by name, along ``cov_i`` and ``cov_j``."""
+        names = list(self.param_names)
+        return xr.DataArray(self.pcov, coords={"cov_i": names, "cov_j": names}, name="covariance")
+
+    @property
+    def correlation(self) -> xr.DataArray:
+        """Correlations of the estimates; NaN where a standard error is zero or infinite."""
+        errors = self.perr
+        usable = np.isfinite(errors) & (errors > 0)
+        scale = np.where(usable, errors, np.nan)
+        return self.covariance.copy(data=self.pcov / np.outer(scale, scale)).rename("correlation")
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, ...]:
+        """A parameter by the name that the model gives it, in its own shape."""
+        start = 0
+        for known, shape in self.shapes.items():
+            size = int(np.prod(shape))
+            if known == name:
+                return self.popt[start : start + size].reshape(shape)
+            start += size
+        raise KeyError(f"{name!r} is not a parameter; there are {list(self.shapes)}")
+
+    # -- how good
+
+    @property
+    def success(self) -> bool:
+        """Whether a convergence test was met."""
+        return self.status.is_success
+
+    @property
+    def message(self) -> str:
+        """Why the fit stopped, with the numbers."""
+        return f"{self.status.value} {self.details}".strip()
+
+    @property
+    def dof(self) -> int:
+        """Rows less free parameters."""
+        return self.num_rows - int(self.is_free.sum())
+
+    @property
+    def chi2(self) -> float:
+        """``Σ r²``."""
+        return 2 * self.cost
+
+    @property
+    def reduced_chi2(self) -> float:
+        return self.chi2 / self.dof if self.dof > 0 else np.nan
+
+    @property
+    def r_squared(self) -> float:
+        """``1 - Σ r² / Σ w (y - ȳ)²``; NaN where all `y` are equal."""
+        total = self.total_sum_of_squares
+        return 1 - self.chi2 / total if total > 0 else np.nan
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, ``m ln(chi2 / m) + 2 k``."""
+        return self._log_likelihood_term() + 2 * int(self.is_free.sum())
+
+    @property
+    def bic(self) -> float:
+        """The Bayesian criterion, ``m ln(chi2 / m) + k ln(m)``."""
+        return self._log_likelihood_term() + int(self.is_free.sum()) * math.log(self.num_rows)
+
+    def _log_likelihood_term(self) -> float:
+        chi2 = self.chi2
+        return self.num_rows * math.log(chi2 / self.num_rows) if chi2 > 0 else -math.inf
+
+    def confidence_interval(self, level: float = 0.95) -> xr.DataArray:
+        """Intervals from the standard errors: Student's t, or normal for absolute sigma.
+
+        Parameters
+        ----------
+        level : float
+            Coverage, between 0 and 1.
+
+        Returns
+        -------
+        xarray.DataArray
+            Dimensions ``param`` and ``side`` (lower, upper).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`level` must be between 0 and 1, got {level!r}")
+        tail = 0.5 * (1 + level)
+        if self.absolute_sigma:
+            width = scipy.stats.norm.ppf(tail)
+        else:
+            width = scipy.stats.t.ppf(tail, self.dof) if self.dof > 0 else np.inf
+        errors = self.perr
+        reach = np.where(errors > 0, errors, 0.0) * (width if np.isfinite(width) else 1.0)
+        return xr.DataArray(
+            np.stack([self.popt - reach, self.popt + reach], axis=-1),
+            coords={"param": list(self.param_names), "side": ["lower", "upper"]},
+            name="confidence_interval",
+        )
+
+    # -- text
+
+    def summary(self) -> str:
+        """A report in plain text."""
+        lines = [
+            f"{'Converged' if self.success else 'NOT CONVERGED'}: {self.message}",
+            "",
+            *self._facts(),
+            "",
+            *self._table(),
+        ]
+        warnings = self.diagnostics.get("warnings", ())
+        if warnings:
+            lines += ["", *(f"Warning: {text}" for text in warnings)]
+        return "\n".join(lines)
+
+    def _facts(self) -> list[str]:
+        facts = {
+            "rows": f"{self.num_rows:,} ({self.num_masked:,} left out)",
+            "passes over the data": f"{self.num_passes}",
+            "read": f"{self.bytes_read / 1e6:,.1f} MB",
+            "chi-square, reduced": f"{self.chi2:.6g}, {self.reduced_chi2:.6g}",
+            "R-squared": f"{self.r_squared:.6g}",
+            "condition number": f"{self.condition_number:.3g}",
+            "where": str(self.diagnostics.get("evaluator", "")),
+        }
+        return [f"  {name:<22}{value}" for name, value in facts.items()]
+
+    def _table(self) -> list[str]:
+        width = max(9, *(len(name) for name in self.param_names))
+        rows = [f"  {'parameter':<{width}}  {'value':>16}  {'std. error':>12}"]
+        for name, value, error, free, held in zip(
+            self.param_names, self.popt, self.perr, self.is_free, self.active, strict=True
+        ):
+            note = "  (fixed)" if not free else "  (at bound)" if held else ""
+            spread = "" if not free else f"{error:12.4g}"
+            rows.append(f"  {name:<{width}}  {value:16.9g}  {spread:>12}{note}")
+        return rows
+
+    def __repr__(self) -> str:
+        values = ", ".join(
+            f"{name}={value:.6g}" for name, value in zip(self.param_names, self.popt, strict=True)
+        )
+        return f"<FitResult {self.status.name}: {values}; {self.num_rows:,} rows>"
+
+    def __str__(self) -> str:
+        return self.summary()

@@ -1,0 +1,225 @@
+"""A chunk-stratified random sample of rows.
+
+Archives are ordered in time or space, so a few whole chunks say little about the rest: rows are
+drawn at random offsets from chunks spread evenly over all of them. Chunks of even and odd
+position in the draw make two disjoint halves, whose optima should agree within sampling error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nlsq_dask._typing import Float
+from nlsq_dask.errors import DataError
+from nlsq_dask.sources.base import Chunk, valid_rows
+from nlsq_dask.sources.columns import MemoryColumn
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["ROWS_ALWAYS_SAMPLED", "Rows", "Sample", "draw_sample", "sample_size"]
+
+ROWS_ALWAYS_SAMPLED = 50_000
+_MIN_ROWS = 10_000  # 1 % of a million
+_MAX_ROWS = 2**20
+_BLOCK_ROWS = 2**14
+_FIRST_STRATA = 128
+_CHUNKS_TO_SPLIT = 32  # fewer are not comparable halves of an archive in time order
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Valid rows of one chunk, flat, and how many it had."""
+
+    x: tuple[Float[np.ndarray, " rows"], ...]
+    y: Float[np.ndarray, " rows"]
+    sigma: Float[np.ndarray, " rows"] | None
+    num_valid: int
+    num_invalid: int
+    smallest_sigma: float
+    chunk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """Rows in blocks of one size: those of the first half, then those of the second.
+
+    `halves` are the blocks of each; they are equal where the sample is all there is.
+    """
+
+    source: GridSource
+    halves: tuple[range, range]
+    is_everything: bool
+    num_chunks_read: int
+    bytes_read: int
+    num_invalid: int  # rows wanted, but with a value that is not finite
+    smallest_sigma: float
+
+    @property
+    def num_rows(self) -> int:
+        return self.source.num_rows
+
+    @property
+    def blocks(self) -> range:
+        return range(self.source.num_chunks)
+
+    @property
+    def fill(self) -> Float[np.ndarray, " variables"]:
+        """A value of each variable at which the model is evaluated where no row counts."""
+        return np.array([column.read((slice(0, 1),))[0] for column in self.source.x])
+
+
+def sample_size(num_rows: int, max_fraction: float) -> int:
+    """Rows to draw: all of few, a share of many, and between the two never too few to judge by."""
+    if num_rows <= ROWS_ALWAYS_SAMPLED:
+        return num_rows
+    return min(max(int(max_fraction * num_rows), _MIN_ROWS), _MAX_ROWS)
+
+
+def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
+    """A share of a chunk's valid rows, at random offsets that depend on seed and chunk alone."""
+    shape = chunk.y.shape
+    valid = np.flatnonzero(valid_rows(chunk).ravel())
+    wanted = min(len(valid), int(np.ceil(fraction * len(valid))))
+    rng = np.random.default_rng([seed, index])
+    chosen = valid if wanted == len(valid) else np.sort(rng.choice(valid, wanted, replace=False))
+    position = np.unravel_index(chosen, shape)
+
+    def take(array: np.ndarray) -> np.ndarray:
+        at = tuple(
+            axis if length > 1 else np.zeros_like(axis)
+            for axis, length in zip(position, array.shape, strict=True)
+        )
+        return np.asarray(array[at], np.float64)
+
+    selected = (
+        chunk.y.size if chunk.where is None else int(np.broadcast_to(chunk.where, shape).sum())
+    )
+    sigma = None if chunk.sigma is None else take(np.asarray(chunk.sigma))
+    return Rows(
+        x=tuple(take(np.asarray(column)) for column in chunk.x),
+        y=take(np.asarray(chunk.y)),
+        sigma=sigma,
+        num_valid=len(valid),
+        num_invalid=selected - len(valid),
+        smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
+        chunk_bytes=chunk.nbytes,
+    )
+
+
+MapChunks = Callable[[Callable[[int, Chunk], Rows], Sequence[int]], list[Rows]]
+
+
+def draw_sample(
+    map_chunks: MapChunks,
+    num_chunks: int,
+    num_rows: int,
+    variables: tuple[str, ...],
+    *,
+    max_fraction: float,
+    seed: int,
+) -> Sample:
+    """Draw rows from evenly spread chunks; from more of them where too few rows are valid.
+
+    Raises
+    ------
+    DataError
+        If no row of any chunk is valid.
+    """
+    target = sample_size(num_rows, max_fraction)
+    everything = target == num_rows
+    strata = num_chunks if everything else min(_FIRST_STRATA, num_chunks)
+    while True:
+        rng = np.random.default_rng([seed, strata])
+        chosen = _stratified(num_chunks, strata, rng)
+        share = min(1.0, target * num_chunks / (num_rows * strata))
+        drawn = map_chunks(_Draw(fraction=share, seed=seed), chosen)
+        found = sum(len(rows.y) for rows in drawn)
+        if strata == num_chunks or found >= min(target, 4096) // 4:
+            break
+        strata = min(num_chunks, 8 * strata)
+    if found == 0:
+        raise DataError(
+            f"`ds` must have rows that can be fitted: of {num_rows:,} rows none is selected, "
+            "with finite values in all its variables"
+        )
+    return _assemble(drawn, chosen, variables, everything)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draw:
+    """`draw_rows` with its options, picklable by name."""
+
+    fraction: float
+    seed: int
+
+    def __call__(self, index: int, chunk: Chunk) -> Rows:
+        return draw_rows(index, chunk, fraction=self.fraction, seed=self.seed)
+
+
+def _stratified(num_chunks: int, strata: int, rng: np.random.Generator) -> list[int]:
+    """One chunk of each of `strata` equal stretches."""
+    edges = np.linspace(0, num_chunks, strata + 1)
+    return sorted({int(a + (b - a) * rng.random()) for a, b in itertools.pairwise(edges)})
+
+
+def _assemble(
+    drawn: Sequence[Rows],
+    chosen: Sequence[int],
+    variables: tuple[str, ...],
+    everything: bool,
+) -> Sample:
+    columns = _stack(drawn, len(variables))
+    owner = np.repeat(np.arange(len(drawn)), [len(rows.y) for rows in drawn])
+    num_blocks = -(-len(owner) // _BLOCK_ROWS)
+    if everything or len(owner) < 2:
+        block = -(-len(owner) // num_blocks)
+        first = second = range(num_blocks)
+    else:
+        # Blocks of one shape, so that the sample compiles once. They are drawn at random from
+        # their half: any of them alone is a sample of it.
+        order = np.random.default_rng(0).permutation(len(owner))
+        is_second = owner[order] % 2 == 1
+        if len(drawn) < _CHUNKS_TO_SPLIT or is_second.mean() in (0.0, 1.0):
+            is_second = np.arange(len(order)) % 2 == 1
+        halves = order[~is_second], order[is_second]
+        smallest = min(map(len, halves))
+        num_blocks = -(-smallest // _BLOCK_ROWS)
+        block = smallest // num_blocks
+        kept = np.concatenate([half[: num_blocks * block] for half in halves])
+        columns = [column[kept] for column in columns]
+        first, second = range(num_blocks), range(num_blocks, 2 * num_blocks)
+    return Sample(
+        source=_flat_source(columns, variables, block),
+        halves=(first, second),
+        is_everything=everything,
+        num_chunks_read=len(chosen),
+        bytes_read=sum(rows.chunk_bytes for rows in drawn),
+        num_invalid=sum(rows.num_invalid for rows in drawn),
+        smallest_sigma=min(rows.smallest_sigma for rows in drawn),
+    )
+
+
+def _stack(rows: Sequence[Rows], num_variables: int) -> list[np.ndarray]:
+    """Columns y, sigma if any, x1, x2, … of several chunks."""
+    columns = [np.concatenate([part.y for part in rows])]
+    if rows[0].sigma is not None:
+        columns.append(np.concatenate([part.sigma for part in rows if part.sigma is not None]))
+    columns += [np.concatenate([part.x[i] for part in rows]) for i in range(num_variables)]
+    return columns
+
+
+def _flat_source(
+    columns: Sequence[np.ndarray], variables: tuple[str, ...], block: int
+) -> GridSource:
+    as_column = [MemoryColumn(values=values, dims=("row",)) for values in columns]
+    has_sigma = len(columns) == len(variables) + 2
+    return GridSource(
+        variables=variables,
+        y=as_column[0],
+        sigma=as_column[1] if has_sigma else None,
+        x=tuple(as_column[1 + has_sigma :]),
+        leaf_shape=(block,),
+    )

@@ -1,0 +1,1 @@
+"""What to do with normal equations: pure, small and dense. Knows neither data nor cluster."""

@@ -1,0 +1,1 @@
+"""Where the rows are: picklable descriptions, opened and read by whoever computes."""

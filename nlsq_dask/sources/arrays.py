@@ -1,0 +1,90 @@
+"""NumPy, JAX and Dask arrays in SciPy's layout as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nlsq_dask.errors import DataError
+from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.columns import MemoryColumn
+from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["build_array_source"]
+
+_DIM = "row"
+
+
+def build_array_source(xdata: Any, ydata: Any, sigma: Any = None) -> GridSource:
+    """Rows of ``xdata`` of shape ``(m,)`` or ``(variables, m)`` and ``ydata`` of shape ``(m,)``.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, or an array is not of real numbers.
+    DataError
+        If there are no rows.
+    """
+    y = _column("ydata", ydata)
+    if len(y.shape) != 1:
+        raise ValueError(f"`ydata` must be 1-d, got shape {y.shape}")
+    if y.shape[0] == 0:
+        raise DataError("`ydata` must not be empty!")
+    parts = _variables(xdata)
+    x = tuple(_column("xdata", part) for part in parts)
+    scale = None if sigma is None else _sigma(sigma, y.shape[0])
+    for name, column in (*(("xdata", column) for column in x), ("sigma", scale)):
+        if column is not None and column.shape != y.shape:
+            raise ValueError(
+                f"`{name}` must have as many rows as `ydata`, {y.shape[0]}, "
+                f"got shape {column.shape}"
+            )
+    return GridSource(
+        variables=tuple(f"x{i}" for i in range(len(x))) if len(x) > 1 else ("x",),
+        x=x,
+        y=y,
+        sigma=scale,
+        leaf_shape=y.shape,
+    )
+
+
+def _variables(xdata: Any) -> Sequence[Any]:
+    """The variables one by one."""
+    if isinstance(xdata, tuple | list) and any(is_dask_array(part) for part in xdata):
+        return xdata
+    array = xdata if is_dask_array(xdata) else np.asarray(xdata)
+    if array.ndim == 1:
+        return [array]
+    if array.ndim == 2:
+        return list(array)
+    raise ValueError(
+        f"`xdata` must have shape (m,) or (variables, m), got shape {tuple(array.shape)}"
+    )
+
+
+def _column(name: str, values: Any) -> Column:
+    if is_dask_array(values):
+        require_known_chunks(name, values)
+        column: Column = DaskColumn(array=values, dims=(_DIM,) * values.ndim)
+    else:
+        array = np.asarray(values)
+        column = MemoryColumn(values=array, dims=(_DIM,) * array.ndim)
+    if column.dtype.kind not in "iufb":
+        raise ValueError(f"`{name}` must hold real numbers, got dtype {column.dtype}")
+    return column
+
+
+def _sigma(sigma: Any, num_rows: int) -> Column:
+    column = _column("sigma", sigma)
+    if len(column.shape) == 2 and column.shape == (num_rows, num_rows):
+        raise ValueError(
+            "`sigma` must have one standard deviation for each row; a full covariance couples "
+            f"rows, which no single pass over chunks can undo, got shape {column.shape}"
+        )
+    if column.shape == ():
+        value = np.broadcast_to(np.asarray(sigma, np.float64), (num_rows,))
+        return MemoryColumn(values=value, dims=(_DIM,))
+    return column

@@ -1,0 +1,119 @@
+"""The contract between rows and everything that computes on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
+
+__all__ = ["Chunk", "Column", "Source", "pad_chunk", "valid_rows"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A block of rows. All arrays have as many axes as `y` and broadcast against it.
+
+    A row has weight zero where `where` is false, where any of its values is not finite, and
+    beyond `extent`, the part of a padded chunk that is real.
+    """
+
+    x: tuple[Float[Array, ...], ...]
+    y: Float[Array, ...]
+    sigma: Float[Array, ...] | None = None
+    where: Bool[Array, ...] | None = None
+    extent: Int[Array, " axes"] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows in chunks. Picklable, cheap to copy: it describes data rather than holding them.
+
+    ``nlsq_dask.testing.check_source`` holds an implementation to this contract.
+    """
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the independent variables, in the order of ``Chunk.x``."""
+
+    @property
+    def num_chunks(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all chunks, masked ones included."""
+
+    @property
+    def chunk_shape(self) -> Shape:
+        """Shape of the largest chunk; smaller ones are padded to it."""
+
+    def read(self, index: int) -> Chunk:
+        """The chunk, of floating-point arrays in C order. The same bits at every call."""
+
+
+class Column(Protocol):
+    """One array of a dataset, wherever it is, read by rectangles."""
+
+    @property
+    def dims(self) -> tuple[str, ...]: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def chunks(self) -> Shape | None:
+        """Shape of the blocks in which it is best read; None if any will do."""
+
+    @property
+    def is_in_memory(self) -> bool: ...
+
+    def read(self, index: Index) -> np.ndarray: ...
+
+
+def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:
+    """Pad a ragged chunk to `shape`, so that one compiled kernel serves all chunks.
+
+    The padding repeats edge values, at which the model is as defined as in the chunk itself;
+    `extent` records what is real.
+    """
+
+    def pad(array: Array) -> Array:
+        # An axis shorter than the chunk's own is broadcast, and stays as it is.
+        widths = [
+            (0, want - real if have == real else 0)
+            for have, real, want in zip(array.shape, chunk.y.shape, shape, strict=True)
+        ]
+        return np.pad(array, widths, mode="edge")
+
+    extent = np.asarray(chunk.y.shape, np.int64)
+    if chunk.y.shape == tuple(shape):
+        return replace(chunk, extent=extent)
+    return Chunk(
+        x=tuple(pad(column) for column in chunk.x),
+        y=pad(chunk.y),
+        sigma=None if chunk.sigma is None else pad(chunk.sigma),
+        where=None if chunk.where is None else pad(chunk.where),
+        extent=extent,
+    )
+
+
+def valid_rows(chunk: Chunk) -> Bool[np.ndarray, ...]:
+    """Which rows of an unpadded chunk count."""
+    parts = [chunk.y, *chunk.x] + ([] if chunk.sigma is None else [chunk.sigma])
+    valid = np.ones(chunk.y.shape, bool)
+    for part in parts:
+        valid &= np.isfinite(part)
+    if chunk.where is not None:
+        valid &= np.asarray(chunk.where, bool)
+    return valid

@@ -1,0 +1,215 @@
+"""Columns in memory, behind xarray's lazy indexing, and along time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import cftime
+import numpy as np
+import xarray as xr
+
+from nlsq_dask._typing import Index, Shape
+from nlsq_dask.sources.base import Column
+
+__all__ = ["LazyColumn", "MemoryColumn", "TimeAxis", "TimeColumn", "build_time_column"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryColumn:
+    """A NumPy array."""
+
+    values: np.ndarray
+    dims: tuple[str, ...]
+    is_in_memory: bool = True
+    chunks: Shape | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        return self.values[index]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LazyColumn:
+    """A variable that xarray opened without Dask: a Zarr array, an HDF5 dataset, any backend.
+
+    It travels as xarray pickles it, without values, and is opened again where it is read.
+    CF packing and missing values are decoded there, by xarray's own rules.
+    """
+
+    variable: xr.Variable
+    is_in_memory: bool = False
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return tuple(str(dim) for dim in self.variable.dims)
+
+    @property
+    def shape(self) -> Shape:
+        return self.variable.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        dtype: np.dtype = self.variable.dtype
+        return dtype
+
+    @property
+    def chunks(self) -> Shape | None:
+        """The store's shards where they are of a readable size, else its chunks."""
+        encoding = self.variable.encoding
+        for name in ("shards", "chunks", "chunksizes"):
+            grid = encoding.get(name)
+            if grid is None or len(grid) != len(self.shape):
+                continue
+            if name == "shards" and np.prod(grid) > _MAX_SHARD_ROWS:
+                continue
+            return tuple(int(length) for length in grid)
+        return None
+
+    def read(self, index: Index) -> np.ndarray:
+        return np.asarray(self.variable[index].values)
+
+
+_MAX_SHARD_ROWS = 2**21
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeAxis:
+    """How times became numbers: ``(time - origin) / unit``."""
+
+    unit: str
+    origin: Any  # numpy.datetime64, a cftime datetime, or None for a duration
+    calendar: str | None
+
+    @property
+    def units(self) -> str:
+        """In CF's words: ``days since 2001-01-01 00:00:00``, or ``days``."""
+        if self.origin is None:
+            return self.unit
+        origin = self.origin
+        if isinstance(origin, np.datetime64):
+            return f"{self.unit} since {np.datetime_as_string(origin).rstrip('0').rstrip('.')}"
+        return f"{self.unit} since {origin.isoformat()}"
+
+    def to_numbers(self, values: np.ndarray) -> np.ndarray:
+        """Times as float64, NaN where there is none."""
+        if values.dtype.kind in "mM":
+            elapsed = values if self.origin is None else values - self.origin
+            numbers = elapsed / np.timedelta64(1, "ns") / _NANOSECONDS[self.unit]
+            return np.asarray(numbers, np.float64)
+        missing = np.array([value is None or value != value for value in values.flat], bool)
+        numbers = np.full(values.size, np.nan)
+        present = values.ravel()[~missing]
+        if present.size:
+            numbers[~missing] = cftime.date2num(present, self.units, calendar=self.calendar)
+        return numbers.reshape(values.shape)
+
+
+_NANOSECONDS = {
+    "days": 86_400e9,
+    "hours": 3_600e9,
+    "minutes": 60e9,
+    "seconds": 1e9,
+    "milliseconds": 1e6,
+    "microseconds": 1e3,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TimeColumn:
+    """A column of times, read as float64."""
+
+    column: Column
+    axis: TimeAxis
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float64))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return self.column.dims
+
+    @property
+    def shape(self) -> Shape:
+        return self.column.shape
+
+    @property
+    def chunks(self) -> Shape | None:
+        return self.column.chunks
+
+    @property
+    def is_in_memory(self) -> bool:
+        return self.column.is_in_memory
+
+    def read(self, index: Index) -> np.ndarray:
+        return self.axis.to_numbers(self.column.read(index))
+
+
+def build_time_column(name: str, column: Column, time_units: str | None) -> TimeColumn:
+    """Read times as float64 in `time_units`, by default days since the first one.
+
+    Raises
+    ------
+    ValueError
+        If `time_units` is not CF's ``<unit>`` or ``<unit> since <date>``, or the column is of
+        objects that are not dates.
+    """
+    unit, origin_text = _parse_units(time_units)
+    if column.dtype.kind == "m":
+        if origin_text is not None:
+            raise ValueError(
+                f"`time_units` must be a unit alone for {name!r}, which holds durations, "
+                f"got {time_units!r}"
+            )
+        return TimeColumn(column=column, axis=TimeAxis(unit=unit, origin=None, calendar=None))
+    first = _first_time(name, column)
+    if isinstance(first, np.datetime64):
+        origin = first if origin_text is None else np.datetime64(origin_text.strip())
+        axis = TimeAxis(unit=unit, origin=origin, calendar=None)
+    else:
+        origin = first
+        if origin_text is not None:
+            origin = cftime.num2date(0, f"{unit} since {origin_text}", calendar=first.calendar)
+        axis = TimeAxis(unit=unit, origin=origin, calendar=first.calendar)
+    return TimeColumn(column=column, axis=axis)
+
+
+def _parse_units(time_units: str | None) -> tuple[str, str | None]:
+    if time_units is None:
+        return "days", None
+    match = re.fullmatch(r"\s*(\w+?)s?(?:\s+since\s+(.+?))?\s*", str(time_units))
+    unit = f"{match.group(1).lower()}s" if match else ""
+    if match is None or unit not in _NANOSECONDS:
+        raise ValueError(
+            f"`time_units` must be one of {list(_NANOSECONDS)}, with 'since <date>' if you like, "
+            f"got {time_units!r}"
+        )
+    return unit, match.group(2)
+
+
+def _first_time(name: str, column: Column) -> Any:
+    """The first value that is a time, from the first block that has one."""
+    step = max(1, (column.chunks or (column.shape[0] if column.shape else 1,))[0])
+    length = column.shape[0] if column.shape else 0
+    for start in range(0, length, step):
+        rest = tuple(slice(0, size) for size in column.shape[1:])
+        block = column.read((slice(start, min(start + step, length)), *rest)).ravel()
+        if block.dtype.kind == "M":
+            present = block[~np.isnat(block)]
+        else:
+            present = block[[value is not None and value == value for value in block]]
+        if present.size:
+            value = present[0]
+            if not isinstance(value, np.datetime64 | cftime.datetime):
+                raise ValueError(
+                    f"{name!r} must hold numbers or times, got objects of type "
+                    f"{type(value).__name__}"
+                )
+            return value
+    raise ValueError(f"{name!r} must hold at least one time, got none")

@@ -1,0 +1,181 @@
+"""An `xarray.Dataset` as rows: names resolved, dimensions checked, nothing loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from nlsq_dask.errors import DataError
+from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.columns import (
+    LazyColumn,
+    MemoryColumn,
+    TimeAxis,
+    build_time_column,
+)
+from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["DatasetRoles", "build_dataset_source", "column_of", "known_names"]
+
+NameOrArray = str | xr.DataArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRoles:
+    """Which variable plays which part."""
+
+    x: tuple[str, ...]
+    y: NameOrArray | None
+    sigma: NameOrArray | None = None
+    where: NameOrArray | None = None
+
+
+def known_names(ds: xr.Dataset) -> set[str]:
+    """Names that can be independent variables: variables, coordinates and dimensions."""
+    return {str(name) for name in (*ds.variables, *ds.sizes)}
+
+
+def build_dataset_source(
+    ds: xr.Dataset, roles: DatasetRoles, time_units: str | None = None
+) -> tuple[GridSource, dict[str, TimeAxis]]:
+    """Rows over the dimensions of `y`; and how times among the variables became numbers.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, dimensions do not match those of `y`, or a dtype cannot be fitted.
+    DataError
+        If there are no rows.
+    """
+    y_array = _pick_y(ds, roles)
+    y = _numeric("y", y_array)
+    variables: list[Column] = []
+    axes: dict[str, TimeAxis] = {}
+    for name in roles.x:
+        array = _dimension_or_variable(ds, name)
+        column = column_of(name, array.variable)
+        if column.dtype.kind in "mMO":
+            column = build_time_column(name, column, time_units)
+            axes[name] = column.axis
+        else:
+            column = _numeric(name, array)
+        variables.append(column)
+    if time_units is not None and not axes:
+        raise ValueError(
+            f"`time_units` must go with a variable of times, got {time_units!r} for variables "
+            f"{list(roles.x)}, of which none holds times"
+        )
+    sigma = where = None
+    if roles.sigma is not None:
+        sigma = _numeric("sigma", _resolve(ds, "sigma", roles.sigma))
+    if roles.where is not None:
+        where = column_of("where", _resolve(ds, "where", roles.where).variable)
+        if where.dtype.kind != "b":
+            raise ValueError(f"`where` must be boolean, got {where.dtype}")
+    named = {**dict(zip(roles.x, variables, strict=True)), "sigma": sigma, "where": where}
+    for name, given in named.items():
+        if given is not None:
+            _require_within(name, given, y)
+    source = GridSource(
+        variables=roles.x, x=tuple(variables), y=y, sigma=sigma, where=where, leaf_shape=y.shape
+    )
+    if source.num_rows == 0:
+        raise DataError(f"`ds` must have rows, got `y` of shape {y.shape}")
+    return source, axes
+
+
+def column_of(name: str, variable: xr.Variable) -> Column:
+    """A variable as a column: in memory, of Dask blocks, or read from where xarray opened it."""
+    dims = tuple(str(dim) for dim in variable.dims)
+    data = variable._data  # `.data` would load a lazily indexed variable
+    if is_dask_array(data):
+        require_known_chunks(name, data)
+        return DaskColumn(array=data, dims=dims)
+    if variable._in_memory:
+        return MemoryColumn(values=np.asarray(variable.values), dims=dims)
+    return LazyColumn(variable=variable)
+
+
+def _pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
+    if roles.y is not None:
+        return _resolve(ds, "y", roles.y)
+    taken = {*roles.x, *(r for r in (roles.sigma, roles.where) if isinstance(r, str))}
+    needed = {dim for name in roles.x for dim in _dimension_or_variable(ds, name).dims}
+    left = [
+        str(name)
+        for name, array in ds.data_vars.items()
+        if name not in taken
+        and array.dtype.kind in "iuf"
+        and needed <= set(array.dims)
+        and array.ndim > 0
+    ]
+    if len(left) != 1:
+        raise ValueError(
+            f"`y` must be given: besides the model's variables {list(roles.x)}, `ds` has "
+            f"{left or 'no numeric data variables over their dimensions'}"
+        )
+    return ds[left[0]]
+
+
+def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray) -> xr.DataArray:
+    if isinstance(given, xr.DataArray):
+        sizes = {dim: size for dim, size in ds.sizes.items() if dim in given.dims}
+        wrong = {
+            str(d): (given.sizes[d], size) for d, size in sizes.items() if given.sizes[d] != size
+        }
+        if wrong:
+            raise ValueError(
+                f"`{argument}` must have the lengths of `ds`, got other ones (its, that of `ds`) "
+                f"along {wrong}"
+            )
+        try:
+            xr.align(given, ds, join="exact", copy=False)
+        except ValueError as error:
+            raise ValueError(
+                f"`{argument}` must have the coordinates of `ds`; align them first: {error}"
+            ) from None
+        return given
+    if not isinstance(given, str):
+        raise TypeError(
+            f"`{argument}` must be the name of a variable of `ds` or a DataArray, got {given!r}"
+        )
+    if given not in ds.variables:
+        raise ValueError(
+            f"`{argument}` must name a variable of `ds`, {sorted(map(str, ds.variables))}, "
+            f"got {given!r}"
+        )
+    return ds[given]
+
+
+def _dimension_or_variable(ds: xr.Dataset, name: str) -> xr.DataArray:
+    """A variable, or the positions along a dimension that has no coordinate."""
+    if name in ds.variables:
+        return ds[name]
+    if name in ds.sizes:
+        return xr.DataArray(np.arange(ds.sizes[name], dtype=np.float64), dims=name)
+    raise ValueError(
+        f"`x` must name variables, coordinates or dimensions of `ds`, {sorted(known_names(ds))}, "
+        f"got {name!r}"
+    )
+
+
+def _numeric(name: str, array: xr.DataArray) -> Column:
+    column = column_of(name, array.variable)
+    if column.dtype.kind not in "iufb":
+        raise ValueError(f"`{name}` must hold real numbers, got dtype {column.dtype}")
+    return column
+
+
+def _require_within(name: str, column: Column, y: Column) -> None:
+    extra = [dim for dim in column.dims if dim not in y.dims]
+    if extra:
+        raise ValueError(f"`{name}` must have dimensions of `y` only, {y.dims}, got {column.dims}")
+    lengths = dict(zip(y.dims, y.shape, strict=True))
+    for dim, length in zip(column.dims, column.shape, strict=True):
+        if length != lengths[dim]:
+            raise ValueError(
+                f"`{name}` must be as long as `y` along {dim!r}, {lengths[dim]}, got {length}"
+            )

@@ -1,0 +1,50 @@
+"""What is recorded of each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from nlsq_dask._typing import Float
+
+__all__ = ["Callback", "IterationRecord"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IterationRecord:
+    """One pass over the data: the point tried, and where the fit stands after it."""
+
+    num_passes: int
+    params: Float[np.ndarray, " n"]  # the best point so far, all parameters
+    cost: float  # ½ Σ r² there
+    loss: float  # 2 cost / m
+    trial_cost: float  # at the point tried in this pass
+    relative_change: float  # of the cost, negative when it fell
+    accepted: bool
+    gain: float  # actual over predicted reduction; NaN where there was none
+    distance: float  # estimated, to the minimum, in standard errors
+    damping: float
+    radius: float
+    optimality: float
+    num_active: int
+    num_rows: int
+    bytes_read: int
+    seconds: float
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.num_rows / self.seconds if self.seconds > 0 else np.inf
+
+    def __str__(self) -> str:
+        verdict = "accepted" if self.accepted else "rejected"
+        return (
+            f"pass {self.num_passes}: cost {self.trial_cost:.9e} ({self.relative_change:+.1e}), "
+            f"{verdict}, {self.distance:.1e} standard errors to go, "
+            f"{self.rows_per_second:,.0f} rows/s"
+        )
+
+
+Callback: TypeAlias = Callable[[IterationRecord], object]
