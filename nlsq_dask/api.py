@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -17,15 +18,22 @@ from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client
+from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
 from nlsq_dask.evaluate.local import LocalEvaluator
-from nlsq_dask.model import Model, build_model, check_traceable, parameter_names, unwrap_jit
+from nlsq_dask.model import (
+    Model,
+    build_model,
+    check_traceable,
+    parameter_names,
+    require_jac,
+    unwrap_jit,
+)
 from nlsq_dask.optimizer import NanPolicy, fit_problem
 from nlsq_dask.parameters import BoundsLike, ParameterSpace, StartsLike, build_parameter_space
 from nlsq_dask.plan import plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.result import FitResult
-from nlsq_dask.sources.arrays import build_array_source
+from nlsq_dask.sources.arrays import build_array_source, require_finite
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.stores import open_store
@@ -147,6 +155,8 @@ def fit_dataset(
     """
     config = _require_config(config)
     _require_choice("nan_policy", nan_policy, ("omit", "raise"))
+    _require_callable_or_none("callback", callback)
+    require_client(client)
     claimed = _claimed(p0, bounds, fixed)
     time_axes: dict[str, str] = {}
     source: Source
@@ -245,10 +255,11 @@ def curve_fit(
         If the covariance could not be estimated.
     """
     config = _with_scipy_options(_require_config(config), kwargs)
-    method = _require_method(method, bounds)
+    require_client(client)
     source = build_array_source(xdata, ydata, sigma)
-    fitted = _array_model(f, source, p0, bounds, jac)
+    fitted = _array_model(f, source, p0, bounds, jac, stack=np.ndim(xdata) != 1)
     space = build_parameter_space(fitted.parameters, {}, p0, bounds, start_within=_scipy_start)
+    method = _require_method(method, space)
     if method == "lm" and space.size > source.num_rows:
         raise TypeError(
             f"Improper input: func input vector length N={space.size} must not exceed func "
@@ -256,10 +267,14 @@ def curve_fit(
         )
     _require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
     refuses = nan_policy is None if check_finite is None else check_finite
+    if refuses:
+        require_finite(source)
     policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
     result = _fit(source, fitted, space, absolute_sigma, policy, client, config, None)
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
+    if result.status is Status.UNIDENTIFIED:
+        result.pcov[:] = np.inf  # as SciPy has it
     if not full_output:
         return result.popt, result.pcov
     information = {"nfev": result.num_passes, "result": result}
@@ -282,7 +297,7 @@ def _fit(
     else:
         _require_chunks(source)
         plan = plan_chunks(source, space.num_free)
-    y_shape, x_shapes = _trial_shapes(source)
+    y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
     check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
     problem = Problem(
         model=model,
@@ -311,11 +326,15 @@ def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: A
     return ClusterEvaluator(problem, config, client)
 
 
-def _trial_shapes(source: Source) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Small shapes with the source's pattern of broadcasting, to trace the model with."""
+def _trial_shapes(source: Source, longest: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Shapes with the source's pattern of broadcasting, to trace the model with.
+
+    Every length is larger than any of a parameter, so that neither passes for the other.
+    """
+    first = longest + 101  # and unlike the lengths of a model's own constants
     if not isinstance(source, GridSource):
-        return (4,), [(4,) for _ in source.variables]
-    lengths = dict(zip(source.dims, range(3, 3 + len(source.dims)), strict=True))
+        return (first,), [(first,) for _ in source.variables]
+    lengths = dict(zip(source.dims, itertools.count(first), strict=False))
     shapes = [
         tuple(lengths[dim] if dim in column.dims else 1 for dim in source.dims)
         for column in source.x
@@ -324,7 +343,12 @@ def _trial_shapes(source: Source) -> tuple[tuple[int, ...], list[tuple[int, ...]
 
 
 def _array_model(
-    f: ModelFunction, source: GridSource, p0: Any, bounds: BoundsLike, jac: ModelFunction | None
+    f: ModelFunction,
+    source: GridSource,
+    p0: Any,
+    bounds: BoundsLike,
+    jac: ModelFunction | None,
+    stack: bool,
 ) -> Model:
     """SciPy's reading of a signature: the first argument is `x`, the rest are parameters."""
     function = unwrap_jit(f)
@@ -341,8 +365,8 @@ def _array_model(
         function=function,
         variables=source.variables,
         parameters=parameters,
-        jac=None if jac is None else unwrap_jit(jac),
-        stack_variables=len(source.x) > 1,
+        jac=require_jac(jac),
+        stack_variables=stack,
     )
 
 
@@ -350,7 +374,7 @@ def _count_from(p0: Any, bounds: BoundsLike) -> int | None:
     if p0 is not None:
         return int(np.size(p0))
     pair = (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else bounds
-    if isinstance(pair, Mapping) or pair is None:
+    if isinstance(pair, Mapping) or not isinstance(pair, Sized):
         return None
     sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
     return max(sizes) if sizes else None
@@ -389,16 +413,8 @@ def _require_config(config: HybridStreamingConfig | None) -> HybridStreamingConf
     return config
 
 
-def _require_method(method: str | None, bounds: BoundsLike) -> str:
-    is_bounded = bounds is not None and (
-        isinstance(bounds, Mapping)
-        or any(
-            np.isfinite(side).any()
-            for side in (
-                (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else bounds
-            )
-        )
-    )
+def _require_method(method: str | None, space: ParameterSpace) -> str:
+    is_bounded = bool(np.isfinite(space.lower).any() or np.isfinite(space.upper).any())
     if method is None:
         return "trf" if is_bounded else "lm"
     _require_choice("method", method, ("lm", "trf", "dogbox", "hybrid_streaming"))
@@ -407,6 +423,11 @@ def _require_method(method: str | None, bounds: BoundsLike) -> str:
             "Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox'."
         )
     return method
+
+
+def _require_callable_or_none(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be callable, got {value!r}")
 
 
 def _require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -425,8 +446,8 @@ def _require_chunks(source: Source) -> None:
         raise ValueError(f"`ds` must have at least one chunk, got {source.num_chunks}")
 
 
-def _claimed(p0: StartsLike, bounds: BoundsLike, fixed: Iterable[str]) -> set[str]:
+def _claimed(p0: StartsLike, bounds: BoundsLike, fixed: object) -> set[Any]:
     """Names that an argument uses for parameters."""
-    held = {fixed} if isinstance(fixed, str) else set(fixed)
+    held = set(fixed) if isinstance(fixed, Iterable) and not isinstance(fixed, str) else {fixed}
     named = [given for given in (p0, bounds) if isinstance(given, Mapping)]
     return held.union(*named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 __all__ = ["HybridStreamingConfig"]
 
@@ -91,12 +92,13 @@ class HybridStreamingConfig:
 
     def _require_int(self, name: str, *, minimum: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_integer or value < minimum:
             raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}")
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value <= 0:
             raise ValueError(f"`{name}` must be a positive finite number, got {value!r}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ConvergenceError",
     "DataError",
+    "LengthError",
     "MemoryProjectionError",
     "ModelError",
     "StoreNotFoundError",
@@ -23,6 +24,10 @@ class UntraceableModelError(ModelError, TypeError):
 
 class DataError(ValueError):
     """The data cannot be fitted as they are: no valid rows, or values that were refused."""
+
+
+class LengthError(ValueError, TypeError):
+    """There are more or fewer values than parameters. SciPy has a TypeError for that."""
 
 
 class StoreNotFoundError(FileNotFoundError):

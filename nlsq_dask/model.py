@@ -15,7 +15,14 @@ import numpy as np
 from nlsq_dask._typing import Array, Float, ModelFunction, Shape, abstract
 from nlsq_dask.errors import ModelError, UntraceableModelError
 
-__all__ = ["Model", "build_model", "check_elementwise", "check_traceable", "parameter_names"]
+__all__ = [
+    "Model",
+    "build_model",
+    "check_elementwise",
+    "check_traceable",
+    "parameter_names",
+    "require_jac",
+]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -64,11 +71,20 @@ class Model:
         value: Array = evaluate(params)
         return value
 
+    def _call_jac(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Any:
+        assert self.jac is not None
+        try:
+            return self.jac(*self._variables(x), *params)
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UntraceableModelError(
+                f"`jac` must be traceable by JAX: write it with `jax.numpy`. Calling it raised "
+                f"{type(error).__name__}: {_first_line(error)}"
+            ) from error
+
     def _jacobian(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Float[Array, "... n"]:
         """The user's derivative, `n` last: given whole, or as one array for each parameter."""
-        assert self.jac is not None
         size = sum(int(np.prod(np.shape(part))) for part in params)
-        jacobian = self.jac(*self._variables(x), *params)
+        jacobian = self._call_jac(x, params)
         if isinstance(jacobian, tuple | list):
             if len(jacobian) != len(params):
                 raise ModelError(
@@ -88,6 +104,17 @@ class Model:
                 f"parameters, got shape {jacobian.shape}"
             )
         return jacobian
+
+
+def require_jac(jac: ModelFunction | None) -> ModelFunction | None:
+    """The derivative without `jax.jit`, or None for automatic differentiation."""
+    if jac is None:
+        return None
+    if not callable(jac):
+        raise TypeError(
+            f"`jac` must be callable, got {jac!r}; without it, derivatives are exact and automatic"
+        )
+    return unwrap_jit(jac)
 
 
 def parameter_names(function: ModelFunction) -> tuple[tuple[str, ...], bool, dict[str, Any]]:
@@ -174,11 +201,13 @@ def build_model(
         variables=variables,
         parameters=names[len(variables) :],
         defaults={name: defaults[name] for name in names[len(variables) :] if name in defaults},
-        jac=None if jac is None else unwrap_jit(jac),
+        jac=require_jac(jac),
     )
 
 
 def _explicit_variables(names: tuple[str, ...], x: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(x, Sequence):
+        raise TypeError(f"`x` must be a name or a sequence of names, got {x!r}")
     variables = (x,) if isinstance(x, str) else tuple(x)
     if len(variables) > len(names):
         raise ModelError(
@@ -194,6 +223,10 @@ def unwrap_jit(function: ModelFunction) -> ModelFunction:
     while isinstance(function, jitted):
         function = vars(function)["__wrapped__"]
     return function
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -250,7 +283,7 @@ def _trace(
         raise UntraceableModelError(
             f"`model` must be traceable by JAX: write it with `jax.numpy`, without branching on "
             f"values. Calling {model.name}({', '.join(model.variables + model.parameters)}) "
-            f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"raised {type(error).__name__}: {_first_line(error)}"
         ) from error
     constants = tuple(np.asarray(const).tobytes() for const in closed.consts)
     text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses differ from trace to trace

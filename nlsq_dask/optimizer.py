@@ -91,11 +91,13 @@ class _Fit:
         space = self._problem.space
         rows = sample.source
         everything = tuple(column.read((slice(None),)) for column in rows.x)
-        check_elementwise(
-            self._problem.model,
-            [column[:4096] for column in everything],
-            [np.asarray(part) for part in space.unflatten(space.p0)],
-        )
+        # At a zero start a term may be invisible: look from beside it, too.
+        for params in (space.p0, space.beside(space.p0, self._config.seed)):
+            check_elementwise(
+                self._problem.model,
+                [column[:4096] for column in everything],
+                [np.asarray(part) for part in space.unflatten(params)],
+            )
         on_sample = SampleObjective(self._problem, sample)
         square = _data_square(sample)
         tolerances = self._tolerances(square)
@@ -153,8 +155,8 @@ class _Fit:
     def _refuse_invalid(self, num_invalid: int, where: str) -> None:
         if num_invalid and self._nan_policy == "raise":
             raise DataError(
-                f"`ds` must be finite with nan_policy='raise', got {num_invalid:,} rows with NaN "
-                f"or infinity in {where} the data; nan_policy='omit' leaves them out"
+                f"`ds` must be finite with nan_policy='raise', got {num_invalid:,} rows with "
+                f"NaN or infinity in {where} the data; nan_policy='omit' leaves them out"
             )
 
     # -- passes over all data
@@ -244,7 +246,7 @@ class _Fit:
             relative_change=(cost - before) / before if before else np.nan,
             accepted=state.was_accepted,
             gain=state.gain,
-            distance=state.remaining_distance,
+            distance=float(state.remaining_distance),
             damping=state.step.damping,
             radius=state.radius,
             optimality=state.optimality,
@@ -291,7 +293,7 @@ class _Fit:
             num_masked=problem.source.num_rows - num_rows,
             total_sum_of_squares=0.0 if summary is None else summary.total_sum_of_squares,
             num_passes=len(full.passes),
-            bytes_read=sample.bytes_read + sum(done.bytes_read for done in full.passes),
+            bytes_read=self._bytes_read(full, sample),
             optimality=state.optimality,
             distance=state.remaining_distance,
             condition_number=covariance.condition_number,
@@ -314,9 +316,13 @@ class _Fit:
                     "nlsq_dask": __version__,
                     "jaxlib": importlib.metadata.version("jaxlib"),
                 },
-                "warnings": self._warnings(covariance.rank, dof, warmup),
+                "warnings": self._warnings(covariance.rank, dof, warmup) if is_usable else [],
             },
         )
+
+    def _bytes_read(self, full: FullObjective, sample: Sample) -> int:
+        for_sample = 0 if self._evaluator.keeps_rows else sample.bytes_read
+        return for_sample + sum(done.bytes_read for done in full.passes)
 
     def _details(self, full: FullObjective, state: State) -> str:
         if state.status is Status.NOT_FINITE:

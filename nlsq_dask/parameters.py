@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import Bounds
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
+from nlsq_dask.errors import LengthError
 
 __all__ = ["BoundsLike", "ParameterSpace", "StartsLike", "build_parameter_space", "strictly_inside"]
 
@@ -58,6 +59,14 @@ class ParameterSpace:
             params[int(end) - size : int(end)].reshape(shape)
             for size, end, shape in zip(sizes, ends, self.shapes, strict=True)
         )
+
+    def beside(self, params: Float[np.ndarray, " n"], seed: int) -> Float[np.ndarray, " n"]:
+        """A point a tenth away in every parameter, within the bounds."""
+        rng = np.random.default_rng([seed, 2])
+        size = 0.1 * np.where(params != 0, np.abs(params), 1.0)
+        moved = params + size * rng.uniform(0.5, 1.0, len(params))
+        moved = np.where(moved < self.upper, moved, 0.5 * (params + self.upper))
+        return np.where(self.is_free, np.maximum(moved, self.lower), params)
 
     def expand(self, free: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
         """All parameters, given the free ones; the fixed ones stay at `p0`."""
@@ -130,8 +139,8 @@ def build_parameter_space(
     if outside.any():
         worst = int(np.flatnonzero(outside)[0])
         raise ValueError(
-            f"`p0` must lie within `bounds`: {space.labels[worst]} = {flat[worst]!r} is outside "
-            f"[{lower[worst]!r}, {upper[worst]!r}]"
+            f"`p0` must lie within `bounds`: {space.labels[worst]} = {float(flat[worst])!r} is "
+            f"outside [{float(lower[worst])!r}, {float(upper[worst])!r}]"
         )
     if is_fixed.all():
         raise ValueError(f"`fixed` must leave a parameter free, got all of {list(names)}")
@@ -147,16 +156,28 @@ def _resolve_starts(
         _require_known("p0", p0, names)
         values = {**defaults, **p0}
     else:
-        sequence = np.atleast_1d(p0) if np.isscalar(p0) else p0
-        if isinstance(sequence, str) or len(sequence) != len(names):
-            got = repr(sequence) if isinstance(sequence, str) else f"{len(sequence)} values"
-            raise ValueError(
-                f"`p0` must have one value for each of the {len(names)} parameters "
-                f"{list(names)}, got {got}"
-            )
-        values = dict(zip(names, sequence, strict=True))
+        values = dict(zip(names, _sequence_of("p0", p0, len(names), names), strict=True))
     starts = [_finite_array(f"p0[{name!r}]", values.get(name, 1.0)) for name in names]
     return starts, [name in values for name in names]
+
+
+def _sequence_of(argument: str, value: Any, length: int, names: Sequence[str]) -> Sequence[Any]:
+    """An ordered collection with as many elements as there are parameters."""
+    if not isinstance(value, Sequence) and hasattr(value, "__array__"):
+        value = np.atleast_1d(np.asarray(value))
+    elif isinstance(value, int | float):
+        value = [value]
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        raise ValueError(
+            f"`{argument}` must be a mapping by name or a sequence over the parameters "
+            f"{list(names)}, got {value!r}"
+        )
+    if len(value) != length:
+        raise LengthError(
+            f"`{argument}` must have one value for each of the {length} parameters "
+            f"{list(names)}, got {len(value)} values"
+        )
+    return list(value)
 
 
 def _finite_array(argument: str, value: Any) -> Vector:
@@ -167,7 +188,12 @@ def _finite_array(argument: str, value: Any) -> Vector:
 
 
 def _real_array(argument: str, value: Any) -> Vector:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"`{argument}` must be one number or an array of one shape, got {value!r}"
+        ) from None
     if array.dtype.kind not in "iuf":
         raise ValueError(f"`{argument}` must be real numbers, got {value!r}")
     return array.astype(np.float64)
@@ -189,7 +215,7 @@ def _resolve_bounds(
         lower, upper = (np.concatenate(side) for side in zip(*pairs, strict=True))
     else:
         pair = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else bounds
-        if isinstance(pair, str) or len(pair) != 2:
+        if not _is_pair(pair):
             raise ValueError(
                 f"`bounds` must be (lower, upper), a mapping by name or scipy.optimize.Bounds, "
                 f"got {bounds!r}"
@@ -199,10 +225,16 @@ def _resolve_bounds(
     return lower, upper
 
 
+def _is_pair(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and len(value) == 2
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+
+
 def _side(side: Any, total: int) -> Vector:
     array = _real_array("bounds", side)
     if array.ndim > 0 and array.size != total:
-        raise ValueError(
+        raise LengthError(
             f"`bounds` must be scalars or have {total} elements, one for each parameter, "
             f"got {array.size}"
         )
@@ -210,7 +242,7 @@ def _side(side: Any, total: int) -> Vector:
 
 
 def _bounds_of(name: str, shape: Shape, pair: Any) -> tuple[Vector, Vector]:
-    if isinstance(pair, str) or np.ndim(pair) == 0 or len(pair) != 2:
+    if not _is_pair(pair):
         raise ValueError(f"`bounds[{name!r}]` must be (lower, upper), got {pair!r}")
     low, high = (
         _real_array(f"bounds[{name!r}]", default if value is None else value)
@@ -234,7 +266,7 @@ def _require_ordered(
         owners = np.repeat(np.array(names), [math.prod(shape) for shape in shapes])
         raise ValueError(
             f"`bounds` must have each lower bound strictly less than its upper bound, got "
-            f"({lower[first]!r}, {upper[first]!r}) for {owners[first]!s}; "
+            f"({float(lower[first])!r}, {float(upper[first])!r}) for {owners[first]!s}; "
             "to hold a parameter, name it in `fixed`"
         )
 
@@ -242,6 +274,8 @@ def _require_ordered(
 def _resolve_fixed(
     names: Sequence[str], shapes: Sequence[Shape], fixed: Iterable[str]
 ) -> Bool[np.ndarray, " n"]:
+    if not isinstance(fixed, Iterable):
+        raise TypeError(f"`fixed` must be names of parameters, got {fixed!r}")
     held = (fixed,) if isinstance(fixed, str) else tuple(fixed)
     _require_known("fixed", held, names)
     return np.concatenate(

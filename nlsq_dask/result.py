@@ -193,7 +193,7 @@ class FitResult:
     def summary(self) -> str:
         """A report in plain text."""
         lines = [
-            f"{'Converged' if self.success else 'NOT CONVERGED'}: {self.message}",
+            self.message if self.success else f"NOT CONVERGED. {self.message}",
             "",
             *self._facts(),
             "",

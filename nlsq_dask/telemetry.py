@@ -40,8 +40,9 @@ class IterationRecord:
 
     def __str__(self) -> str:
         verdict = "accepted" if self.accepted else "rejected"
+        change = "" if np.isnan(self.relative_change) else f" ({self.relative_change:+.1e})"
         return (
-            f"pass {self.num_passes}: cost {self.trial_cost:.9e} ({self.relative_change:+.1e}), "
+            f"pass {self.num_passes}: cost {self.trial_cost:.9e}{change}, "
             f"{verdict}, {self.distance:.1e} standard errors to go, "
             f"{self.rows_per_second:,.0f} rows/s"
         )

@@ -95,7 +95,8 @@ class _Search:
         self._halves = (first, second)
         exact = sample.is_everything
         self._tolerances = Tolerances(
-            distance_tol=tolerances.distance_tol if exact else _SAMPLE_DISTANCE_TOL,
+            # Where the sample is all there is, more digits cost no pass.
+            distance_tol=1e-4 * tolerances.distance_tol if exact else _SAMPLE_DISTANCE_TOL,
             max_iterations=_MAX_SAMPLE_ITERATIONS,
             absolute_sigma=False,
             data_square=tolerances.data_square,

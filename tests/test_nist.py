@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dask.array as da
+import nist
 import numpy as np
 import pytest
 
-import nist
 from nlsq_dask import curve_fit
 
 # The residuals of Lanczos1 are of the size of 1e-13: the last bit of the exponentials moves their
@@ -25,18 +25,31 @@ def check(problem, popt, pcov):
     assert nist.digits(np.sqrt(np.diag(pcov)), problem.errors) >= ERROR_DIGITS.get(problem.name, 4)
 
 
+NINE = [
+    "Misra1a",
+    "Chwirut2",
+    "Gauss1",
+    "MGH17",
+    "ENSO",
+    "Roszman1",
+    "MGH09",
+    "Rat43",
+    "Bennett5",
+]
+
+
 @pytest.mark.parametrize("start", [0, 1])
-@pytest.mark.parametrize("name", nist.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in NINE else pytest.param(name, marks=pytest.mark.slow) for name in nist.MODELS],
+)
 def test_certified_values_from_arrays(name, start):
     problem = nist.load(name)
     popt, pcov = curve_fit(model_of(problem), problem.x, problem.y, problem.starts[start])
     check(problem, popt, pcov)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Misra1a", "Chwirut2", "Gauss1", "MGH17", "ENSO", "Roszman1", "MGH09", "Rat43", "Bennett5"],
-)
+@pytest.mark.parametrize("name", NINE)
 def test_certified_values_through_dask_chunks(name):
     problem = nist.load(name)
     x, y = (

@@ -64,6 +64,10 @@ class Evaluator(Protocol):
     def description(self) -> str:
         """Where the work is done, for the result."""
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether all rows were read into memory beforehand, so that nothing is read again."""
+
     def evaluate(self, request: Request) -> Pass:
         """One pass over all rows."""
 

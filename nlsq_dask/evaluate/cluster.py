@@ -8,16 +8,14 @@ where they do not fit, each is loaded and reduced by one task, and let go.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect
-import os
-import platform
 import sysconfig
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -26,7 +24,6 @@ import dask.array as da
 import distributed
 import numpy as np
 import psutil
-from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask._typing import Float
 from nlsq_dask.config import HybridStreamingConfig
@@ -35,18 +32,31 @@ from nlsq_dask.evaluate.base import Pass, RangeReport, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE, kernel_bytes
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.tree import fold_nodes, split_leaves, sum_range
+from nlsq_dask.evaluate.tree import fold_nodes, split_leaves
+from nlsq_dask.evaluate.worker import (
+    JAXLIB_VERSION,
+    BlockTask,
+    HomeSpec,
+    ThreadPoolSize,
+    forget_home,
+    map_chunk,
+    merge_reports,
+    probe_worker,
+    reduce_range,
+    same_spec,
+)
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
-__all__ = ["ClusterEvaluator", "active_client"]
+__all__ = ["ClusterEvaluator", "active_client", "require_client"]
 
 _Value = TypeVar("_Value")
 
-_JAXLIB = importlib.metadata.version("jaxlib")
+_PACKAGE_FOLDER = Path(__file__).parents[1]
+_INSTALLED = ("stdlib", "purelib", "platlib")
 _ROWS_PER_TASK = 2**23  # a quarter of a second of work or more
 _TASKS_PER_THREAD = 4
 _MAX_SHIPPED_BYTES = 2**16  # larger arrays travel as blocks, not inside each task
@@ -60,6 +70,15 @@ def active_client() -> distributed.Client | None:
         return distributed.get_client()
     except ValueError:
         return None
+
+
+def require_client(client: object) -> None:
+    """Refuse what is not a client, an address for instance."""
+    if client is not None and not isinstance(client, distributed.Client):
+        raise TypeError(
+            f"`client` must be a distributed.Client, got {client!r}; "
+            "connect first: `client = distributed.Client(address)`"
+        )
 
 
 class ClusterEvaluator:
@@ -82,7 +101,7 @@ class ClusterEvaluator:
         self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
         self._blocks = _remote_arrays(problem.source)
         self._is_persisted = False
-        self._plugin = _ThreadPoolSize()
+        self._plugin = ThreadPoolSize()
         client.register_plugin(self._plugin, name=self._plugin_name)
         self._send_problem()
         self._probes = self._probe_workers()
@@ -103,6 +122,10 @@ class ClusterEvaluator:
                 how = "Dask blocks computed in every pass: they exceed the workers' memory"
         return f"cluster of {len(workers)} worker(s), {how}"
 
+    @property
+    def keeps_rows(self) -> bool:
+        return self._is_persisted
+
     def _send_problem(self) -> None:
         """Ship the problem once to each worker, as a task: a lost copy is made again."""
         problem = self._problem
@@ -118,7 +141,7 @@ class ClusterEvaluator:
             problem = replace(problem, source=problem.source.with_columns(remote))
         cache_bytes = self._cache_bytes
         with _by_value(problem.model.function):
-            home = _HomeSpec(
+            home = HomeSpec(
                 token=f"{self._token}-{uuid.uuid4().hex[:6]}",
                 payload=cloudpickle.dumps(problem),
                 cache_bytes=cache_bytes,
@@ -127,7 +150,7 @@ class ClusterEvaluator:
         self._home_token = home.token
         self._spec = home
         self._home = self._client.submit(
-            _same, home, key=f"nlsq-problem-{home.token}", pure=False, retries=2
+            same_spec, home, key=f"nlsq-problem-{home.token}", pure=False, retries=2
         )
 
     @property
@@ -148,7 +171,7 @@ class ClusterEvaluator:
     def _probe_workers(self) -> dict[str, dict[str, Any]]:
         """See that every worker can do the work, before any is asked of it."""
         try:
-            probes: dict[str, dict[str, Any]] = self._client.run(_probe, self._spec)
+            probes: dict[str, dict[str, Any]] = self._client.run(probe_worker, self._spec)
         except ModuleNotFoundError as error:
             raise WorkerError(
                 f"every worker must be able to import this package and what the model uses, "
@@ -160,9 +183,9 @@ class ClusterEvaluator:
                 f"{type(error).__name__}: {error}"
             ) from error
         for address, probe in probes.items():
-            if probe["jaxlib"] != _JAXLIB:
+            if probe["jaxlib"] != JAXLIB_VERSION:
                 raise WorkerError(
-                    f"the workers must have the client's jaxlib, {_JAXLIB}, "
+                    f"the workers must have the client's jaxlib, {JAXLIB_VERSION}, "
                     f"but {address} has {probe['jaxlib']}"
                 )
         return probes
@@ -217,7 +240,7 @@ class ClusterEvaluator:
         for leaves, owner in owners.items():
             futures.append(
                 self._client.submit(
-                    _reduce_range,
+                    reduce_range,
                     self._home,
                     leaves,
                     request,
@@ -250,7 +273,7 @@ class ClusterEvaluator:
         label = f"nlsq-sample-{uuid.uuid4().hex[:8]}"
         if self._blocks:
             calls = [
-                dask.delayed(_map_chunk, pure=False)(
+                dask.delayed(map_chunk, pure=False)(
                     self._home, function, i, self._delayed_of(i), dask_key_name=f"{label}-{i}"
                 )
                 for i in indices
@@ -259,7 +282,7 @@ class ClusterEvaluator:
         else:
             futures = [
                 self._client.submit(
-                    _map_chunk,
+                    map_chunk,
                     self._home,
                     function,
                     i,
@@ -282,7 +305,7 @@ class ClusterEvaluator:
     def _forget(self) -> None:
         self._home.release()
         with contextlib.suppress(OSError):
-            self._client.run(_forget_home, self._home_token)
+            self._client.run(forget_home, self._home_token)
 
     # -- blocks of Dask arrays
 
@@ -291,8 +314,12 @@ class ClusterEvaluator:
         room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
         if total > _PERSIST_SHARE * room:
             return
-        kept = self._client.persist(list(self._blocks.values()))
-        distributed.wait(kept)
+        # Arrays of the client's own travel in the graph, where the scheduler can make a lost
+        # block again; scattered ones could not be.
+        quiet = dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"})
+        with quiet, self._client.as_current():
+            kept = self._client.persist(list(self._blocks.values()))
+            distributed.wait(kept)
         self._blocks = dict(zip(self._blocks, kept, strict=True))
         self._futures = {future.key: future for future in distributed.futures_of(kept)}
         self._is_persisted = True
@@ -329,7 +356,7 @@ class ClusterEvaluator:
         for role, array in self._blocks.items():
             pairs += [array, source.columns[role].dims]
         reduced = da.blockwise(
-            _BlockTask(spec=self._spec, roles=tuple(self._blocks), request=request),
+            BlockTask(spec=self._spec, roles=tuple(self._blocks), request=request),
             source.dims,
             *pairs,
             align_arrays=False,
@@ -340,7 +367,7 @@ class ClusterEvaluator:
         )
         reports = reduced.to_delayed().ravel()
         merged = [
-            dask.delayed(_merge, pure=False)([reports[leaf] for leaf in leaves])
+            dask.delayed(merge_reports, pure=False)([reports[leaf] for leaf in leaves])
             for leaves in self._ownership.ranges
         ]
         futures: list[Any] = self._client.compute(merged, retries=2)
@@ -385,6 +412,18 @@ def _nbytes(column: Any) -> int:
     return int(np.prod(column.shape)) * int(column.dtype.itemsize)
 
 
+def _is_users_own(module: ModuleType) -> bool:
+    """Whether a module is neither installed, nor this package, nor run as a script."""
+    file: str | None = vars(module).get("__file__")
+    if not file or module.__name__ == "__main__":
+        return False
+    folders: list[str | Path] = [
+        _PACKAGE_FOLDER,
+        *(sysconfig.get_path(name) for name in _INSTALLED),
+    ]
+    return not any(Path(file).resolve().is_relative_to(Path(f).resolve()) for f in folders)
+
+
 @contextlib.contextmanager
 def _by_value(function: Any) -> Iterator[None]:
     """Pickle a function by value even where its module could be imported here.
@@ -392,10 +431,7 @@ def _by_value(function: Any) -> Iterator[None]:
     The user's own modules are not on the workers; installed packages are, and go by name.
     """
     module = inspect.getmodule(function) if function is not None else None
-    file = vars(module).get("__file__") or "" if module is not None else ""
-    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    is_own = module is not None and module.__name__.startswith(__name__.split(".")[0])
-    if not file or is_own or any(file.startswith(folder) for folder in installed):
+    if module is None or not _is_users_own(module):
         yield
         return
     cloudpickle.register_pickle_by_value(module)
@@ -403,128 +439,3 @@ def _by_value(function: Any) -> Iterator[None]:
         yield
     finally:
         cloudpickle.unregister_pickle_by_value(module)
-
-
-# -- what runs on the workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class _HomeSpec:
-    """What a worker needs to set up a problem."""
-
-    token: str
-    payload: bytes
-    cache_bytes: int
-    prefetch: bool
-
-
-_HOMES: dict[str, ProblemHome] = {}
-_HOMES_LOCK = threading.Lock()
-
-
-def _home_of(spec: _HomeSpec) -> ProblemHome:
-    """This process's home of the problem: kernels survive from task to task."""
-    with _HOMES_LOCK:
-        if spec.token not in _HOMES:
-            _HOMES[spec.token] = ProblemHome(
-                problem=cloudpickle.loads(spec.payload),
-                cache_bytes=spec.cache_bytes,
-                prefetch=spec.prefetch,
-            )
-        return _HOMES[spec.token]
-
-
-def _forget_home(token: str) -> None:
-    with _HOMES_LOCK:
-        _HOMES.pop(token, None)
-
-
-def _same(spec: _HomeSpec) -> _HomeSpec:
-    return spec
-
-
-def _probe(spec: _HomeSpec) -> dict[str, Any]:
-    problem = _home_of(spec).problem
-    source = problem.source
-    is_remote = isinstance(source, GridSource) and any(
-        isinstance(column, RemoteColumn) for column in source.columns.values()
-    )
-    if not is_remote:
-        source.read(0)
-    return {
-        "jaxlib": _JAXLIB,
-        "python": platform.python_version(),
-        "base_bytes": psutil.Process().memory_info().rss,
-    }
-
-
-def _reduce_range(
-    spec: _HomeSpec,
-    leaves: range,
-    request: Request,
-    owner: str,
-    owned: Sequence[range],
-    blocks: Mapping[int, Mapping[str, np.ndarray]] | None,
-) -> RangeReport:
-    home = _home_of(spec)
-    is_owner = distributed.get_worker().address == owner
-    if is_owner:
-        home.retain(owned)
-    return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
-
-
-def _map_chunk(
-    spec: _HomeSpec,
-    function: Callable[[int, Chunk], _Value],
-    index: int,
-    blocks: Mapping[str, np.ndarray] | None,
-) -> _Value:
-    home = _home_of(spec)
-    return function(index, home.read(index, None if blocks is None else {index: blocks}))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _BlockTask:
-    """Reduces one leaf whose blocks are the arguments."""
-
-    spec: _HomeSpec
-    roles: tuple[str, ...]
-    request: Request
-
-    def __call__(self, number: np.ndarray, *blocks: np.ndarray) -> np.ndarray:
-        leaf = int(number.ravel()[0])
-        report = _home_of(self.spec).reduce(
-            range(leaf, leaf + 1),
-            self.request,
-            blocks={leaf: dict(zip(self.roles, blocks, strict=True))},
-        )
-        out = np.empty((1,) * number.ndim, object)
-        out[...] = report
-        return out
-
-
-def _merge(reports: Sequence[np.ndarray]) -> RangeReport:
-    """The reports of consecutive leaves as one."""
-    each: list[RangeReport] = [report.ravel()[0] for report in reports]
-    leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
-    return RangeReport(
-        nodes=sum_range(leaves),
-        bytes_read=sum(report.bytes_read for report in each),
-        read_seconds=sum(report.read_seconds for report in each),
-        busy_seconds=sum(report.busy_seconds for report in each),
-        num_compilations=sum(report.num_compilations for report in each),
-        peak_memory_bytes=max(report.peak_memory_bytes for report in each),
-        process=each[-1].process,
-        offending_leaves=tuple(leaf for report in each for leaf in report.offending_leaves)[:16],
-    )
-
-
-class _ThreadPoolSize(WorkerPlugin):
-    """XLA's thread pool as large as the worker, not as the machine.
-
-    Only this variable works, and only before the process's first computation; Dask applies
-    the plugin again to a worker that was restarted.
-    """
-
-    def setup(self, worker: Any) -> None:
-        os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))

@@ -20,7 +20,7 @@ from nlsq_dask.evaluate.tree import sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
 from nlsq_dask.normal_equations import Sums
 from nlsq_dask.problem import Problem
-from nlsq_dask.sources.base import Chunk, pad_chunk
+from nlsq_dask.sources.base import Chunk, check_chunk, pad_chunk
 from nlsq_dask.sources.grid import GridSource
 
 __all__ = ["Blocks", "ProblemHome", "peak_memory_bytes"]
@@ -157,7 +157,7 @@ class ProblemHome:
     def _read(self, index: int, blocks: Blocks | None) -> Chunk:
         source = self.problem.source
         if blocks is None:
-            return source.read(index)
+            return check_chunk(source.read(index), source, index)
         assert isinstance(source, GridSource)
         return source.assemble(index, blocks[index])
 

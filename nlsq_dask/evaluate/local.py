@@ -58,6 +58,10 @@ class LocalEvaluator:
     def description(self) -> str:
         return f"this process, {self._num_threads} thread(s)"
 
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
     def evaluate(self, request: Request) -> Pass:
         """One pass over all rows."""
         start = time.perf_counter()

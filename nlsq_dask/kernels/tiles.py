@@ -40,8 +40,10 @@ def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
     for length in reversed(shape):
         count = math.ceil(length / min(room, length))
         size = math.ceil(length / count)
-        tile.insert(0, min(length, -(-size // 8) * 8))  # whole vector registers
-        room = max(room // tile[0], 1)
+        if not tile:
+            size = min(length, -(-size // 8) * 8)  # whole vector registers
+        tile.insert(0, size)
+        room = max(room // size, 1)
     return tuple(tile)
 
 

@@ -222,7 +222,9 @@ class TrustRegion:
             step = solve_subproblem(
                 state.model, state.scale, state.radius, self._to_bounds(state.params)
             )
-        trial = np.clip(state.params + step.vector, *self.bounds)
+        lower, upper = self.bounds
+        inside = np.nextafter(lower, upper), np.nextafter(upper, lower)
+        trial = np.clip(state.params + step.vector, *inside)
         if np.array_equal(trial, state.params):
             return replace(state, status=self._converged(Status.CONVERGED_TO_ROUNDING, state))
         return replace(state, step=step, trial=trial)

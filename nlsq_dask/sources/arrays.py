@@ -13,7 +13,7 @@ from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
 from nlsq_dask.sources.grid import GridSource
 
-__all__ = ["build_array_source"]
+__all__ = ["build_array_source", "require_finite"]
 
 _DIM = "row"
 
@@ -51,6 +51,28 @@ def build_array_source(xdata: Any, ydata: Any, sigma: Any = None) -> GridSource:
     )
 
 
+def require_finite(source: GridSource) -> None:
+    """Refuse NaN and infinity in arrays that are at hand; Dask arrays are looked at in passing.
+
+    Raises
+    ------
+    ValueError
+        Naming the array and its first row that is not finite.
+    """
+    named = [*(("xdata", column) for column in source.x), ("ydata", source.y)]
+    if source.sigma is not None:
+        named.append(("sigma", source.sigma))
+    for name, column in named:
+        if not column.is_in_memory:
+            continue
+        bad = np.flatnonzero(~np.isfinite(column.read((slice(None),))))
+        if bad.size:
+            raise ValueError(
+                f"`{name}` must not contain infs or NaNs, got {bad.size:,} of them, the first in "
+                f"row {int(bad[0]):,}; nan_policy='omit' leaves such rows out"
+            )
+
+
 def _variables(xdata: Any) -> Sequence[Any]:
     """The variables one by one."""
     if isinstance(xdata, tuple | list) and any(is_dask_array(part) for part in xdata):
@@ -84,7 +106,7 @@ def _sigma(sigma: Any, num_rows: int) -> Column:
             "`sigma` must have one standard deviation for each row; a full covariance couples "
             f"rows, which no single pass over chunks can undo, got shape {column.shape}"
         )
-    if column.shape == ():
+    if column.shape in ((), (1,)):
         value = np.broadcast_to(np.asarray(sigma, np.float64), (num_rows,))
         return MemoryColumn(values=value, dims=(_DIM,))
     return column

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
 
-__all__ = ["Chunk", "Column", "Source", "pad_chunk", "valid_rows"]
+__all__ = ["Chunk", "Column", "Source", "check_chunk", "pad_chunk", "valid_rows"]
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +79,35 @@ class Column(Protocol):
     def is_in_memory(self) -> bool: ...
 
     def read(self, index: Index) -> np.ndarray: ...
+
+
+def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
+    """Hold what a source read to its own description.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming what differs.
+    """
+    where = f"`ds` must read chunk {index} as it describes it: "
+    if not isinstance(chunk, Chunk):
+        raise TypeError(f"{where}a Chunk, got {type(chunk).__name__}")
+    if len(chunk.x) != len(source.variables):
+        raise ValueError(
+            f"{where}{len(source.variables)} variables {source.variables}, got {len(chunk.x)}"
+        )
+    most, shape = tuple(source.chunk_shape), chunk.y.shape
+    if len(shape) != len(most) or any(a > b for a, b in zip(shape, most, strict=True)):
+        raise ValueError(f"{where}`y` of shape {most} at most, got {shape}")
+    for part in (*chunk.x, chunk.sigma, chunk.where):
+        if part is not None and (
+            part.ndim != len(shape)
+            or any(a not in (1, b) for a, b in zip(part.shape, shape, strict=True))
+        ):
+            raise ValueError(
+                f"{where}arrays that broadcast to the shape of its `y`, {shape}, got {part.shape}"
+            )
+    return chunk
 
 
 def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,21 +97,33 @@ class TimeAxis:
             return self.unit
         origin = self.origin
         if isinstance(origin, np.datetime64):
-            return f"{self.unit} since {np.datetime_as_string(origin).rstrip('0').rstrip('.')}"
+            text = np.datetime_as_string(origin)
+            return f"{self.unit} since {text.rstrip('0').rstrip('.') if '.' in text else text}"
         return f"{self.unit} since {origin.isoformat()}"
 
     def to_numbers(self, values: np.ndarray) -> np.ndarray:
         """Times as float64, NaN where there is none."""
         if values.dtype.kind in "mM":
-            elapsed = values if self.origin is None else values - self.origin
-            numbers = elapsed / np.timedelta64(1, "ns") / _NANOSECONDS[self.unit]
-            return np.asarray(numbers, np.float64)
+            days, rest = _days_and_rest(values)
+            if self.origin is not None:
+                first, rest_of_first = _days_and_rest(self.origin)
+                days, rest = days - first, rest - rest_of_first
+            unit = _NANOSECONDS[self.unit]
+            return np.asarray(days * (_NANOSECONDS["days"] / unit) + rest / unit, np.float64)
         missing = np.array([value is None or value != value for value in values.flat], bool)
         numbers = np.full(values.size, np.nan)
         present = values.ravel()[~missing]
         if present.size:
             numbers[~missing] = cftime.date2num(present, self.units, calendar=self.calendar)
         return numbers.reshape(values.shape)
+
+
+def _days_and_rest(times: Any) -> tuple[Any, Any]:
+    """Whole days and the nanoseconds beyond: int64 holds only 292 years of nanoseconds."""
+    kind = times.dtype.kind
+    whole = times.astype(f"{kind}8[D]")
+    days = whole - np.datetime64(0, "D") if kind == "M" else whole
+    return days / np.timedelta64(1, "D"), (times - whole) / np.timedelta64(1, "ns")
 
 
 _NANOSECONDS = {
@@ -170,14 +183,38 @@ def build_time_column(name: str, column: Column, time_units: str | None) -> Time
         return TimeColumn(column=column, axis=TimeAxis(unit=unit, origin=None, calendar=None))
     first = _first_time(name, column)
     if isinstance(first, np.datetime64):
-        origin = first if origin_text is None else np.datetime64(origin_text.strip())
+        origin = first
+        if origin_text is not None:
+            date = _parse_origin(unit, origin_text, "proleptic_gregorian")
+            origin = np.datetime64(date.isoformat())
         axis = TimeAxis(unit=unit, origin=origin, calendar=None)
     else:
         origin = first
         if origin_text is not None:
-            origin = cftime.num2date(0, f"{unit} since {origin_text}", calendar=first.calendar)
+            origin = _parse_origin(unit, origin_text, first.calendar)
         axis = TimeAxis(unit=unit, origin=origin, calendar=first.calendar)
     return TimeColumn(column=column, axis=axis)
+
+
+def _leading_blocks(column: Column) -> Iterator[Index]:
+    """The column piece by piece along its first axis."""
+    if not column.shape:
+        yield ()
+        return
+    length, *rest = column.shape
+    step = (column.chunks or column.shape)[0]
+    for start in range(0, length, max(step, 1)):
+        yield (slice(start, min(start + step, length)), *(slice(0, size) for size in rest))
+
+
+def _parse_origin(unit: str, text: str, calendar: str) -> Any:
+    """The date of ``<unit> since <date>``, by CF's rules."""
+    try:
+        return cftime.num2date(0, f"{unit} since {text}", calendar=calendar)
+    except ValueError as error:
+        raise ValueError(
+            f"`time_units` must have a date after 'since', got '{unit} since {text}': {error}"
+        ) from None
 
 
 def _parse_units(time_units: str | None) -> tuple[str, str | None]:
@@ -195,11 +232,8 @@ def _parse_units(time_units: str | None) -> tuple[str, str | None]:
 
 def _first_time(name: str, column: Column) -> Any:
     """The first value that is a time, from the first block that has one."""
-    step = max(1, (column.chunks or (column.shape[0] if column.shape else 1,))[0])
-    length = column.shape[0] if column.shape else 0
-    for start in range(0, length, step):
-        rest = tuple(slice(0, size) for size in column.shape[1:])
-        block = column.read((slice(start, min(start + step, length)), *rest)).ravel()
+    for index in _leading_blocks(column):
+        block = column.read(index).ravel()
         if block.dtype.kind == "M":
             present = block[~np.isnat(block)]
         else:
@@ -208,8 +242,8 @@ def _first_time(name: str, column: Column) -> Any:
             value = present[0]
             if not isinstance(value, np.datetime64 | cftime.datetime):
                 raise ValueError(
-                    f"{name!r} must hold numbers or times, got objects of type "
+                    f"`{name}` must hold numbers or times, got objects of type "
                     f"{type(value).__name__}"
                 )
             return value
-    raise ValueError(f"{name!r} must hold at least one time, got none")
+    raise ValueError(f"`{name}` must hold at least one time, got none")

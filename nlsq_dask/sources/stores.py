@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,21 @@ def open_store(
 def _open_zarr(store: Any, storage_options: Mapping[str, Any] | None) -> xr.Dataset:
     options = dict(storage_options) if storage_options else None
     try:
-        return xr.open_dataset(
-            store,
-            engine="zarr",
-            chunks=None,
-            cache=False,
-            storage_options=options,
-            create_default_indexes=False,
-        )
+        with warnings.catch_warnings():
+            # Format 3 does not have consolidated metadata; not finding it is no news.
+            warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
+            return xr.open_dataset(
+                store,
+                engine="zarr",
+                chunks=None,
+                cache=False,
+                storage_options=options,
+                create_default_indexes=False,
+            )
     except (FileNotFoundError, zarr.errors.NodeNotFoundError) as error:
         raise StoreNotFoundError(f"`ds` must name a Zarr group, got {store!r}: {error}") from error
+    except (ValueError, ImportError) as error:  # an array, an unknown protocol or its package
+        raise ValueError(f"`ds` must name a Zarr group, got {store!r}: {error}") from error
 
 
 def _open_hdf5(path: str) -> xr.Dataset:

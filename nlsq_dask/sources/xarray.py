@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,7 +141,8 @@ def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray) -> xr.DataArray:
         return given
     if not isinstance(given, str):
         raise TypeError(
-            f"`{argument}` must be the name of a variable of `ds` or a DataArray, got {given!r}"
+            f"`{argument}` must be the name of a variable of `ds` or an xarray.DataArray, "
+            f"got {reprlib.repr(given)}"
         )
     if given not in ds.variables:
         raise ValueError(

@@ -1,0 +1,120 @@
+"""Peak memory of worker processes while they fit a Zarr archive, with the chunk cache off.
+
+    python benchmarks/memory.py --rows 10000000 100000000
+
+For each size: an archive is written in a temporary folder, two worker processes compile the
+kernels on a small fit, their resident size is taken as the base, and the largest size during
+the fit of the archive is compared with the base and with the projection made beforehand. Exits
+non-zero if a worker grows by more than 1 GiB, or beyond its projection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import zarr
+from distributed import Client, LocalCluster
+
+from nlsq_dask import FitResult, HybridStreamingConfig, fit_dataset
+
+CHUNK_ROWS = 500_000
+LIMIT_BYTES = 2**30
+
+
+def decay(t, amplitude=1.0, rate=1.0, offset=0.0):
+    return amplitude * jnp.exp(-rate * t) + offset
+
+
+def write_archive(path: Path, num_rows: int) -> Path:
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    arrays = [
+        group.create_array(
+            name, shape=(num_rows,), chunks=(CHUNK_ROWS,), dtype="f8", dimension_names=["row"]
+        )
+        for name in ("t", "y")
+    ]
+    for start in range(0, num_rows, CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, num_rows))
+        t = np.linspace(10 * rows.start / num_rows, 10 * rows.stop / num_rows, rows.stop - start)
+        noise = np.random.default_rng([0, start]).normal(size=t.size)
+        arrays[0][rows] = t
+        arrays[1][rows] = 2 * np.exp(-0.5 * t) + 0.1 + 0.1 * noise
+    return path
+
+
+class PeakWatch:
+    """The largest resident size of each process, sampled every 10 ms."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._processes = [psutil.Process(pid) for pid in pids]
+        self.base = [process.memory_info().rss for process in self._processes]
+        self.peak = list(self.base)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            now = [process.memory_info().rss for process in self._processes]
+            self.peak = [max(pair) for pair in zip(self.peak, now, strict=True)]
+
+
+def fit(path: Path, client: Client) -> FitResult:
+    config = HybridStreamingConfig(cache_bytes=0)
+    return fit_dataset(path, decay, y="y", client=client, config=config)
+
+
+def measure(num_rows: int, folder: Path) -> bool:
+    small = write_archive(folder / "small.zarr", 2 * CHUNK_ROWS)
+    large = write_archive(folder / "large.zarr", num_rows)
+    cluster = LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+    with cluster, Client(cluster) as client:
+        fit(small, client)
+        pids = [worker["pid"] for worker in client.run(process_id).values()]
+        start = time.perf_counter()
+        with PeakWatch(pids) as watch:
+            result = fit(large, client)
+        seconds = time.perf_counter() - start
+    growth = max(peak - base for peak, base in zip(watch.peak, watch.base, strict=True))
+    projected = result.diagnostics["memory"]["projected_bytes"]
+    print(
+        f"{num_rows:>13,} rows: {result.num_passes} passes, {seconds:.1f} s; a worker grew by "
+        f"{growth / 2**20:.0f} MiB over a base of {max(watch.base) / 2**20:.0f} MiB; "
+        f"peak {max(watch.peak) / 2**20:.0f} MiB of {projected / 2**20:.0f} MiB projected"
+    )
+    return result.success and growth < LIMIT_BYTES and max(watch.peak) < projected
+
+
+def process_id() -> dict[str, int]:
+    return {"pid": psutil.Process().pid}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000_000, 100_000_000])
+    passed = []
+    for num_rows in parser.parse_args().rows:
+        with tempfile.TemporaryDirectory() as folder:
+            passed.append(measure(num_rows, Path(folder)))
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""The command line: `nlsq-dask demo` and `nlsq-dask fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import distributed
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import xarray as xr
+import zarr
+
+from nlsq_dask._typing import ModelFunction, Vector
+from nlsq_dask._version import __version__
+from nlsq_dask.api import fit_dataset
+from nlsq_dask.result import FitResult
+from nlsq_dask.telemetry import IterationRecord
+
+__all__ = ["main", "ringdown"]
+
+# What `fit_dataset` raises when something is wrong with the data, the model or the cluster.
+_EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+@click.group()
+@click.version_option(__version__, prog_name="nlsq-dask")
+def main() -> None:
+    """Nonlinear least squares on data that do not fit in memory."""
+
+
+@contextlib.contextmanager
+def _local_client(num_workers: int) -> Iterator[distributed.Client]:
+    """Worker processes of one thread each on this machine, gone at the end whatever happens."""
+    with (
+        tempfile.TemporaryDirectory(prefix="nlsq-dask-workers-") as scratch,
+        distributed.LocalCluster(
+            n_workers=num_workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            local_directory=scratch,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Expected errors as a message and exit status 1; warnings are part of the summary."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", scipy.optimize.OptimizeWarning)
+            yield
+    except _EXPECTED_ERRORS as error:
+        raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+
+# -- nlsq-dask demo
+
+_MAX_CHUNK_ROWS = 500_000
+_MIN_CHUNKS = 8  # a small archive too has work for each worker
+_DURATION_DAYS = 27.0
+_NOISE = 0.02
+_SEED = 20240229
+_TRUTH = {
+    "amplitude": 0.8,
+    "decay_time": 9.5,
+    "period": 2.137,
+    "phase": 0.6,
+    "quiescent": 1.25,
+}
+_MAX_DEVIATION = 4.0  # standard errors; a parameter is further off in one run out of 16,000
+
+
+def ringdown(
+    time: jax.Array,
+    amplitude: float = 1.0,
+    decay_time: float = 15.0,
+    period: float = 2.3,
+    phase: float = 0.0,
+    quiescent: float = 1.0,
+) -> jax.Array:
+    """A star that rings down after an outburst: a decaying oscillation on a constant flux.
+
+    Parameters
+    ----------
+    time, decay_time, period : days
+    amplitude, quiescent : relative flux
+    phase : radians
+    """
+    oscillation = jnp.cos(2 * jnp.pi * time / period + phase)
+    return quiescent + amplitude * jnp.exp(-time / decay_time) * oscillation
+
+
+@main.command()
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1_000),
+    default=20_000_000,
+    show_default=True,
+    help="Rows of the archive.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Worker processes to start.",
+)
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="Write the archive to this new folder and leave it there.",
+)
+def demo(rows: int, workers: int, keep: Path | None) -> None:
+    """Make an archive, fit a model to it on a local cluster, and compare with the truth."""
+    if keep is not None and keep.exists():
+        raise click.BadParameter(f"must not exist yet, got {str(keep)!r}", param_hint="--keep")
+    with tempfile.TemporaryDirectory(prefix="nlsq-dask-demo-") as folder, _errors_in_one_line():
+        path = Path(folder) / "ringdown.zarr" if keep is None else keep
+        click.echo(
+            f"Writing {rows:,} rows of a simulated light curve to {path}, "
+            f"a Zarr archive in chunks of {_chunk_rows(rows):,} rows."
+        )
+        _write_archive(path, rows)
+        click.echo(f"Starting {workers} worker process(es) on this machine.")
+        with _local_client(workers) as client:
+            result, elapsed_seconds = _fit_archive(path, client)
+    click.echo(f"\n{result.summary()}\n")
+    click.echo(_comparison(result))
+    click.echo(f"\n{_throughput(result, elapsed_seconds)}")
+    if keep is not None:
+        click.echo(f"\nThe archive is kept in {keep}.")
+    _require_recovered(result)
+
+
+def _chunk_rows(num_rows: int) -> int:
+    return min(_MAX_CHUNK_ROWS, -(-num_rows // _MIN_CHUNKS))
+
+
+def _write_archive(path: Path, num_rows: int) -> None:
+    """Zarr format 3, written chunk by chunk: the whole is never in memory."""
+    chunk_rows = _chunk_rows(num_rows)
+    group = zarr.create_group(path, zarr_format=3)
+    layout: dict[str, Any] = {
+        "shape": (num_rows,),
+        "chunks": (chunk_rows,),
+        "dimension_names": ("time",),
+    }
+    # Not "days", which older versions of xarray decode to timedeltas.
+    times = group.create_array("time", dtype="float64", attributes={"units": "d"}, **layout)
+    fluxes = group.create_array("flux", dtype="float32", attributes={"units": "1"}, **layout)
+    rng = np.random.default_rng(_SEED)
+    for start in range(0, num_rows, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, num_rows))
+        moments = np.arange(rows.start, rows.stop) * (_DURATION_DAYS / num_rows)
+        with jax.enable_x64(True):
+            flux = np.asarray(ringdown(jnp.asarray(moments), **_TRUTH))
+        times[rows] = moments
+        fluxes[rows] = (flux + _NOISE * rng.standard_normal(len(moments))).astype(np.float32)
+
+
+def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, float]:
+    start = time.perf_counter()
+    # An index on `time` would load it whole.
+    ds = xr.open_zarr(path, consolidated=False, create_default_indexes=False)
+    click.echo(
+        "Fitting a decaying oscillation with 5 parameters to all rows. A small random sample\n"
+        "gives the start; each line below is one pass over the whole archive.\n"
+    )
+    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass)
+    return result, time.perf_counter() - start
+
+
+def _echo_pass(record: IterationRecord) -> None:
+    click.echo(f"  {record}")
+
+
+def _deviations(result: FitResult) -> Vector:
+    """Fitted less true, in standard errors."""
+    truth = np.array([_TRUTH[name] for name in result.param_names])
+    deviations: Vector = (result.popt - truth) / result.perr
+    return deviations
+
+
+def _comparison(result: FitResult) -> str:
+    lines = [
+        "Fitted values against those that the archive was made with:",
+        "",
+        f"  {'parameter':<12}{'true':>10}{'fitted':>16}{'std. error':>14}{'off by':>16}",
+    ]
+    for name, value, error, deviation in zip(
+        result.param_names, result.popt, result.perr, _deviations(result), strict=True
+    ):
+        lines.append(
+            f"  {name:<12}{_TRUTH[name]:>10.6g}{value:>16.9g}{error:>14.3g}"
+            f"{deviation:>+9.2f} errors"
+        )
+    return "\n".join(lines)
+
+
+def _throughput(result: FitResult, elapsed_seconds: float) -> str:
+    in_passes = sum(record.seconds for record in result.history)
+    passes = result.diagnostics["passes"]
+    peaks = passes["peak_memory_bytes_by_process"].values()
+    best = max(record.rows_per_second for record in result.history)
+    lines = [
+        f"The fit took {elapsed_seconds:.1f} s, of which {in_passes:.1f} s in "
+        f"{result.num_passes} passes over {result.num_rows:,} rows.",
+        f"Rows per second: {result.num_rows * result.num_passes / in_passes:,.0f} over all "
+        f"passes, {best:,.0f} in the best.",
+        f"Read: {result.bytes_read / 1e6:,.1f} MB.",
+        f"Peak memory of the worker processes: {_megabytes(peaks)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _megabytes(sizes_bytes: Any) -> str:
+    return " and ".join(f"{size / 1e6:,.0f} MB" for size in sizes_bytes)
+
+
+def _require_recovered(result: FitResult) -> None:
+    if not result.success:
+        raise click.ClickException("the fit did not converge")
+    worst = int(np.argmax(np.abs(_deviations(result))))
+    deviation = abs(float(_deviations(result)[worst]))
+    if not deviation <= _MAX_DEVIATION:
+        raise click.ClickException(
+            f"{result.param_names[worst]!r} is {deviation:.1f} standard errors from the truth, "
+            f"more than {_MAX_DEVIATION:g}"
+        )
+    click.echo(
+        f"\nConverged, with every parameter within {_MAX_DEVIATION:g} standard errors of the truth."
+    )
+
+
+# -- nlsq-dask fit
+
+
+def _mapping_of(read: Callable[[str], Any]) -> Callable[..., dict[str, Any] | None]:
+    """A callback that turns a repeated ``NAME=VALUE`` into a dict, or None where there is none."""
+
+    def parse(
+        ctx: click.Context, param: click.Parameter, texts: Sequence[str]
+    ) -> dict[str, Any] | None:
+        mapping: dict[str, Any] = {}
+        for text in texts:
+            name, equals, value = (part.strip() for part in text.partition("="))
+            if not (name and equals):
+                raise click.BadParameter(f"must be {param.metavar}, got {text!r}", ctx, param)
+            if name in mapping:
+                raise click.BadParameter(f"must give {name!r} once, got {text!r} too", ctx, param)
+            try:
+                mapping[name] = read(value)
+            except ValueError as error:
+                message = f"must be {param.metavar}, got {text!r}: {error}"
+                raise click.BadParameter(message, ctx, param) from None
+        return mapping or None
+
+    return parse
+
+
+def _read_start(text: str) -> float | list[float]:
+    """One number, or several for an array parameter."""
+    values = [float(part) for part in text.split(",")]
+    return values if len(values) > 1 else values[0]
+
+
+def _read_interval(text: str) -> tuple[float | None, float | None]:
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise ValueError("there is no colon between the bounds")
+    return (
+        float(low) if low.strip() else None,
+        float(high) if high.strip() else None,
+    )
+
+
+def _read_option(text: str) -> Any:
+    """Text, but for true, false and objects, ``client_kwargs={"region_name": "eu-west-1"}``."""
+    is_json = text in ("true", "false") or text.startswith("{")
+    return json.loads(text) if is_json else text
+
+
+def _load_model(ctx: click.Context, param: click.Parameter, text: str) -> ModelFunction:
+    """The function that ``file.py:function`` or ``module:function`` names."""
+    place, _, name = text.rpartition(":")
+    if not (place and name):
+        message = f"must be FILE.py:FUNCTION or MODULE:FUNCTION, got {text!r}"
+        raise click.BadParameter(message, ctx, param)
+    try:
+        module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    except (ImportError, SyntaxError, OSError) as error:
+        raise click.BadParameter(f"cannot load {place!r}: {error}", ctx, param) from error
+    function: ModelFunction | None = vars(module).get(name)
+    if function is None or not callable(function):
+        members = inspect.getmembers(module, inspect.isfunction)
+        own = [known for known, its in members if its.__module__ == module.__name__]
+        message = f"{place!r} has no function {name!r}; it has {own}"
+        raise click.BadParameter(message, ctx, param)
+    return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a file as a module, under a name of its own so that it shadows no other.
+
+    It stays in `sys.modules`, where its functions are found when they are sent to workers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    name = f"_model_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    return importlib.import_module(name)
+
+
+@main.command()
+@click.argument("store")
+@click.option(
+    "--model",
+    metavar="FILE.py:FUNCTION",
+    callback=_load_model,
+    required=True,
+    help="What to fit; MODULE:FUNCTION works too.",
+)
+@click.option("--y", metavar="NAME", help="The variable to fit, if there are several.")
+@click.option("--x", metavar="NAME", multiple=True, help="An independent variable; repeatable.")
+@click.option(
+    "--p0",
+    metavar="NAME=NUMBER",
+    multiple=True,
+    callback=_mapping_of(_read_start),
+    help="A parameter's start; repeatable. A,B,… makes it an array.",
+)
+@click.option(
+    "--bounds",
+    metavar="NAME=LOW:HIGH",
+    multiple=True,
+    callback=_mapping_of(_read_interval),
+    help="A parameter's bounds; repeatable. Either side may be empty.",
+)
+@click.option(
+    "--fixed", metavar="NAME", multiple=True, help="A parameter held at its start; repeatable."
+)
+@click.option("--sigma", metavar="NAME", help="The variable of standard deviations.")
+@click.option("--absolute-sigma", is_flag=True, help="Sigma is known, not only its ratios.")
+@click.option("--where", metavar="NAME", help="The boolean variable that says which rows to fit.")
+@click.option("--time-units", metavar="TEXT", help='For times, "hours since 2000-01-01".')
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Worker processes to start; 0 fits in this process.",
+)
+@click.option(
+    "--storage-option",
+    "storage_options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_mapping_of(_read_option),
+    help="For a URL, in fsspec's names; true, false and JSON objects are read as such.",
+)
+@click.option("--quiet", is_flag=True, help="Do not show the passes.")
+def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: Any) -> None:
+    """Fit a model to STORE, the path or URL of a Zarr or HDF5/netCDF4 store.
+
+    The model is a function of variables of the store and then parameters, written with
+    jax.numpy. The exit status is 0 if the fit converged, 1 if it did not.
+
+    \b
+    nlsq-dask fit run.zarr --model decay.py:decay --p0 rate=0.1 --bounds rate=0:
+    """
+    options["x"] = options["x"] or None
+    callback = None if quiet else _log_pass
+    with _errors_in_one_line(), contextlib.ExitStack() as stack:
+        client = stack.enter_context(_local_client(workers)) if workers else None
+        result = fit_dataset(store, model, client=client, callback=callback, **options)
+    click.echo(result.summary())
+    if not result.success:
+        raise click.ClickException("the fit did not converge")
+
+
+def _log_pass(record: IterationRecord) -> None:
+    click.echo(record, err=True)
+
+
+if __name__ == "__main__":
+    main()

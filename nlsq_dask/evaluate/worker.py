@@ -1,0 +1,162 @@
+"""What runs on the workers of a cluster: module-level functions, found there by name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import cloudpickle
+import distributed
+import numpy as np
+import psutil
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.tree import sum_range
+from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.grid import GridSource, RemoteColumn
+
+__all__ = [
+    "JAXLIB_VERSION",
+    "BlockTask",
+    "HomeSpec",
+    "ThreadPoolSize",
+    "forget_home",
+    "map_chunk",
+    "merge_reports",
+    "probe_worker",
+    "reduce_range",
+    "same_spec",
+]
+
+_Value = TypeVar("_Value")
+
+JAXLIB_VERSION = importlib.metadata.version("jaxlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HomeSpec:
+    """What a worker needs to set up a problem."""
+
+    token: str
+    payload: bytes
+    cache_bytes: int
+    prefetch: bool
+
+
+_HOMES: dict[str, ProblemHome] = {}
+_HOMES_LOCK = threading.Lock()
+
+
+def home_of(spec: HomeSpec) -> ProblemHome:
+    """This process's home of the problem: kernels survive from task to task."""
+    with _HOMES_LOCK:
+        if spec.token not in _HOMES:
+            _HOMES[spec.token] = ProblemHome(
+                problem=cloudpickle.loads(spec.payload),
+                cache_bytes=spec.cache_bytes,
+                prefetch=spec.prefetch,
+            )
+        return _HOMES[spec.token]
+
+
+def forget_home(token: str) -> None:
+    with _HOMES_LOCK:
+        _HOMES.pop(token, None)
+
+
+def same_spec(spec: HomeSpec) -> HomeSpec:
+    return spec
+
+
+def probe_worker(spec: HomeSpec) -> dict[str, Any]:
+    problem = home_of(spec).problem
+    source = problem.source
+    is_remote = isinstance(source, GridSource) and any(
+        isinstance(column, RemoteColumn) for column in source.columns.values()
+    )
+    if not is_remote:
+        source.read(0)
+    return {
+        "jaxlib": JAXLIB_VERSION,
+        "python": platform.python_version(),
+        "base_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+def reduce_range(
+    spec: HomeSpec,
+    leaves: range,
+    request: Request,
+    owner: str,
+    owned: Sequence[range],
+    blocks: Mapping[int, Mapping[str, np.ndarray]] | None,
+) -> RangeReport:
+    home = home_of(spec)
+    is_owner = distributed.get_worker().address == owner
+    if is_owner:
+        home.retain(owned)
+    return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
+
+
+def map_chunk(
+    spec: HomeSpec,
+    function: Callable[[int, Chunk], _Value],
+    index: int,
+    blocks: Mapping[str, np.ndarray] | None,
+) -> _Value:
+    home = home_of(spec)
+    return function(index, home.read(index, None if blocks is None else {index: blocks}))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockTask:
+    """Reduces one leaf whose blocks are the arguments."""
+
+    spec: HomeSpec
+    roles: tuple[str, ...]
+    request: Request
+
+    def __call__(self, number: np.ndarray, *blocks: np.ndarray) -> np.ndarray:
+        leaf = int(number.ravel()[0])
+        report = home_of(self.spec).reduce(
+            range(leaf, leaf + 1),
+            self.request,
+            blocks={leaf: dict(zip(self.roles, blocks, strict=True))},
+        )
+        out = np.empty((1,) * number.ndim, object)
+        out[...] = report
+        return out
+
+
+def merge_reports(reports: Sequence[np.ndarray]) -> RangeReport:
+    """The reports of consecutive leaves as one."""
+    each: list[RangeReport] = [report.ravel()[0] for report in reports]
+    leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
+    return RangeReport(
+        nodes=sum_range(leaves),
+        bytes_read=sum(report.bytes_read for report in each),
+        read_seconds=sum(report.read_seconds for report in each),
+        busy_seconds=sum(report.busy_seconds for report in each),
+        num_compilations=sum(report.num_compilations for report in each),
+        peak_memory_bytes=max(report.peak_memory_bytes for report in each),
+        process=each[-1].process,
+        offending_leaves=tuple(leaf for report in each for leaf in report.offending_leaves)[:16],
+    )
+
+
+class ThreadPoolSize(WorkerPlugin):
+    """XLA's thread pool as large as the worker, not as the machine.
+
+    Only this variable works, and only before the process's first computation; Dask applies
+    the plugin again to a worker that was restarted.
+    """
+
+    def setup(self, worker: Any) -> None:
+        os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))

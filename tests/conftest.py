@@ -1,0 +1,41 @@
+"""One real cluster of worker processes for all tests that need one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+# Most of a small fit is compilation, and the tests fit the same few models: kernels compiled by
+# one test are read back by the next, in worker processes too. Set before JAX is imported.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nlsq-dask-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+import pytest
+from distributed import Client, LocalCluster
+
+
+def start_cluster(num_workers: int, threads: int = 1, processes: bool = True) -> LocalCluster:
+    return LocalCluster(
+        n_workers=num_workers,
+        threads_per_worker=threads,
+        processes=processes,
+        host="127.0.0.1" if processes else None,
+        dashboard_address="127.0.0.1:0",
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    with start_cluster(2) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with Client(cluster, set_as_default=False) as connected:
+        yield connected

@@ -1,0 +1,89 @@
+"""House rules: imports go one way, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
+
+# A layer may import those to its left.
+ORDER = [
+    {"_version", "errors", "status", "_typing", "config"},
+    {"normal_equations", "telemetry"},
+    {"parameters", "model", "sources.base"},
+    {"sources.columns", "sources.dask", "sources.grid", "sources.stores"},
+    {"sources.arrays", "sources.xarray", "sample"},
+    {"kernels.tiles"},
+    {"kernels.rows"},
+    {"kernels.build", "plan"},
+    {"problem"},
+    {"evaluate.tree", "evaluate.ownership"},
+    {"evaluate.base"},
+    {"evaluate.leaves"},
+    {"evaluate.local", "evaluate.worker"},
+    {"evaluate.cluster"},
+    {"solvers.quadratic", "solvers.lbfgs"},
+    {"solvers.subproblem"},
+    {"solvers.trust_region"},
+    {"solvers.minimize"},
+    {"covariance", "objective", "result"},
+    {"warmup"},
+    {"optimizer"},
+    {"api"},
+    {""},
+    {"cli"},
+]
+KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "cli"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_one_way(path):
+    layers = {name: rank for rank, names in enumerate(ORDER) for name in names}
+    module = module_of(path)
+    names = imported(ast.parse(path.read_text()))
+    own = {name.removeprefix("nlsq_dask").lstrip(".") for name in names if "nlsq_dask" in name}
+    if path.name == "__init__.py" and module:
+        assert not own
+        return
+    for name in own:
+        assert layers[name] < layers[module], f"{module} imports {name}"
+    others = {name.split(".")[0] for name in names}
+    if module not in KNOWS_DASK:
+        assert not others & {"dask", "distributed"}
+    if module.startswith("solvers"):
+        assert not {name for name in own if name.startswith(("sources", "evaluate"))}
+        assert "time" not in others
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_and_functions_are_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= 60, f"{node.name} has {lines} lines"
+        assert not (
+            isinstance(node, ast.ExceptHandler)
+            and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        )

@@ -1,0 +1,138 @@
+"""Kernels against J by hand in NumPy, over shapes, tilings, masks and weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlsq_dask.kernels.build import build_curvature, build_kernels
+from nlsq_dask.kernels.tiles import choose_tile_shape
+from nlsq_dask.model import Model
+from nlsq_dask.parameters import build_parameter_space
+from nlsq_dask.sources.base import Chunk, pad_chunk
+
+
+def surface(t, z, a, b, c):
+    return a * jnp.exp(-b * t) + c * z**2
+
+
+MODEL = Model(function=surface, variables=("t", "z"), parameters=("a", "b", "c"))
+SPACE = build_parameter_space(("a", "b", "c"), {}, {"a": 2.0, "b": 0.5, "c": 0.3})
+PARAMS = SPACE.p0
+FILL = np.array([0.5, 0.5])
+
+
+def dense(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Residuals, Jacobian and mask of all rows, without JAX."""
+    t, z = (np.broadcast_to(np.asarray(x, np.float64), chunk.y.shape) for x in chunk.x)
+    sigma = 1.0 if chunk.sigma is None else np.broadcast_to(chunk.sigma, chunk.y.shape)
+    a, b, c = PARAMS
+    with np.errstate(invalid="ignore"):
+        e = np.exp(-b * t)
+        r = (a * e + c * z**2 - chunk.y) / sigma
+        jac = np.stack([e, -a * t * e, z**2], axis=-1) / np.expand_dims(sigma, -1)
+        valid = np.isfinite(chunk.y) & np.isfinite(t) & np.isfinite(z) & np.isfinite(sigma)
+    if chunk.where is not None:
+        valid &= np.broadcast_to(chunk.where, chunk.y.shape)
+    return r[valid], jac[valid], valid
+
+
+@st.composite
+def chunks(draw):
+    """1-d and 3-d chunks with gaps, where the variables broadcast in the second case."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        shape = (draw(st.integers(1, 90)),)
+        t_shape = z_shape = shape
+    else:
+        shape = tuple(draw(st.integers(1, 9)) for _ in range(3))
+        t_shape, z_shape = (shape[0], 1, 1), (1, *shape[1:])
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    t, z = rng.uniform(0, 3, t_shape).astype(dtype), rng.uniform(0, 3, z_shape)
+    y = rng.normal(size=shape).astype(dtype)
+    y[rng.uniform(size=shape) < 0.1] = np.nan
+    t[rng.uniform(size=t_shape) < 0.1] = np.inf
+    sigma = rng.uniform(0.5, 2, shape) if draw(st.booleans()) else None
+    where = rng.uniform(size=shape) < 0.8 if draw(st.booleans()) else None
+    return Chunk(x=(t, z), y=y, sigma=sigma, where=where)
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunk=chunks(), tile_rows=st.sampled_from([8, 40, 1000]), padding=st.integers(0, 3))
+def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padding):
+    r, jac, valid = dense(chunk)
+    padded_shape = tuple(length + padding for length in chunk.y.shape)
+    tile = choose_tile_shape(padded_shape, tile_rows)
+    kernels = build_kernels(MODEL, SPACE, tile)
+    whitening = np.array([[1.0, 0.3, -0.2], [0.0, 2.0, 0.1], [0.0, 0.0, 0.7]])
+    directions = np.linalg.inv(whitening)
+    with jax.enable_x64(True):
+        padded = pad_chunk(chunk, padded_shape)
+        normal = kernels.normal_equations(PARAMS, directions, FILL, padded)
+        costs = kernels.costs(np.stack([PARAMS, PARAMS]), FILL, padded)
+        summary = kernels.summary(np.asarray(0.25), FILL, padded)
+    whitened = jac @ directions
+    scale = max(1.0, np.abs(r).max(initial=0.0) ** 2 * max(len(r), 1))
+    np.testing.assert_allclose(normal.gram, whitened.T @ whitened, rtol=1e-11, atol=1e-12 * scale)
+    np.testing.assert_allclose(normal.grad, whitened.T @ r, rtol=1e-11, atol=1e-12 * scale)
+    np.testing.assert_allclose(normal.cost, 0.5 * r @ r, rtol=1e-11)
+    np.testing.assert_allclose(costs, 0.5 * r @ r, rtol=1e-11)
+    assert int(normal.num_rows) == valid.sum()
+    wanted = chunk.y.size if chunk.where is None else chunk.where.sum()
+    assert int(normal.num_invalid) == wanted - valid.sum()
+    weight = 1.0 if chunk.sigma is None else chunk.sigma[valid] ** -2
+    y = chunk.y[valid].astype(np.float64)
+    np.testing.assert_allclose(summary.second, np.sum(weight * (y - 0.25) ** 2), rtol=1e-9)
+
+
+def test_masked_rows_never_reach_the_derivative():
+    """Where the model is not defined for rows left out, gram and gradient stay clean."""
+
+    def power(x, a, b):
+        return a * x**b
+
+    model = Model(function=power, variables=("x",), parameters=("a", "b"))
+    space = build_parameter_space(("a", "b"), {}, {"a": 1.0, "b": 1.5})
+    chunk = Chunk(
+        x=(np.array([1.0, 2.0, -1.0, 0.0, np.nan]),),
+        y=np.array([1.0, 3.0, 1.0, 1.0, 1.0]),
+        where=np.array([True, True, False, False, True]),
+    )
+    kernels = build_kernels(model, space, (5,))
+    with jax.enable_x64(True):
+        normal = kernels.normal_equations(space.p0, np.eye(2), np.array([1.0]), chunk)
+    assert normal.is_finite
+    assert int(normal.num_rows) == 2
+
+
+def test_curvature_is_the_missing_part_of_the_hessian():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 2, 200)
+    y = rng.normal(size=200)
+
+    def wave(x, a, w):
+        return a * jnp.sin(w * x)
+
+    model = Model(function=wave, variables=("x",), parameters=("a", "w"))
+    space = build_parameter_space(("a", "w"), {}, {"a": 1.3, "w": 2.1})
+    a, w = space.p0
+    s, c = np.sin(w * x), np.cos(w * x)
+    r = a * s - y
+    expected = np.array([[0.0, r @ (x * c)], [r @ (x * c), -a * r @ (x**2 * s)]])
+    with jax.enable_x64(True):
+        curvature = build_curvature(model, space, (64,))
+        actual = curvature(space.p0, np.eye(2), np.array([1.0]), Chunk(x=(x,), y=y))
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((100,), 8), ((7, 5, 30), 60), ((1,), 8000), ((54, 18, 432), 8000)]
+)
+def test_tiles_are_about_as_large_as_asked(shape, rows):
+    tile = choose_tile_shape(shape, rows)
+    assert all(1 <= size <= length for size, length in zip(tile, shape, strict=True))
+    assert np.prod(tile) <= 2 * rows + 64

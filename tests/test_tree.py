@@ -1,0 +1,71 @@
+"""The summation tree: the same additions whoever does them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlsq_dask.evaluate.ownership import Ownership
+from nlsq_dask.evaluate.tree import fold_nodes, split_leaves, sum_range
+from nlsq_dask.normal_equations import NormalEquations, Sums
+
+
+def make_leaf(value: float) -> Sums:
+    return Sums(
+        normal=NormalEquations(
+            gram=np.array([[value]]),
+            grad=np.array([value * 1.1]),
+            cost=np.float64(value * 0.3),
+            num_rows=np.int64(1),
+            num_invalid=np.int64(0),
+            num_bad_sigma=np.int64(0),
+        )
+    )
+
+
+def reference_sum(values: list[float]) -> float:
+    """The tree as it is defined, by recursion over lists."""
+    if len(values) == 1:
+        return values[0]
+    half = 1 << ((len(values) - 1).bit_length() - 1)
+    return reference_sum(values[:half]) + reference_sum(values[half:])
+
+
+@given(num_leaves=st.integers(1, 200), cuts=st.lists(st.integers(1, 199), max_size=12))
+def test_same_bits_for_any_split(num_leaves, cuts):
+    values = np.random.default_rng(num_leaves).normal(size=num_leaves) * 1e3
+    edges = sorted({0, num_leaves, *(cut for cut in cuts if cut < num_leaves)})
+    nodes = {}
+    for start, stop in itertools.pairwise(edges):
+        part = sum_range((i, make_leaf(values[i])) for i in range(start, stop))
+        assert len(part) <= 2 * (stop - start).bit_length()
+        nodes |= part
+    total = fold_nodes(nodes, num_leaves)
+    assert float(total.normal.gram[0, 0]) == reference_sum(list(values))
+    assert int(total.normal.num_rows) == num_leaves
+
+
+@given(num_leaves=st.integers(1, 5_000), num_parts=st.integers(1, 40))
+def test_ranges_cover_all_leaves_evenly(num_leaves, num_parts):
+    ranges = split_leaves(num_leaves, num_parts)
+    assert [i for leaves in ranges for i in leaves] == list(range(num_leaves))
+    assert len(ranges) <= num_parts
+    if num_leaves >= num_parts:
+        longest = max(map(len, ranges))
+        assert longest <= 1.25 * num_leaves / num_parts + 1
+
+
+def test_ownership_is_sticky_and_gives_new_workers_work():
+    ownership = Ownership(split_leaves(64, 8))
+    first = ownership.assign({"a": 1, "b": 1})
+    assert sorted(first.values()).count("a") == 4
+    assert ownership.assign({"b": 1, "a": 1}) == first
+    grown = ownership.assign({"a": 1, "b": 1, "c": 2})
+    assert sorted(grown.values()).count("c") == 4
+    assert sum(grown[leaves] == owner for leaves, owner in first.items()) == 4
+    shrunk = ownership.assign({"b": 1, "c": 2})
+    assert set(shrunk.values()) == {"b", "c"}
+    assert all(shrunk[r] == owner for r, owner in grown.items() if owner == "c")
