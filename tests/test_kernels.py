@@ -61,7 +61,7 @@ def chunks(draw):
     return Chunk(x=(t, z), y=y, sigma=sigma, where=where)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(chunk=chunks(), tile_rows=st.sampled_from([8, 40, 1000]), padding=st.integers(0, 3))
 def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padding):
     r, jac, valid = dense(chunk)
