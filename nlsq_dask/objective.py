@@ -21,7 +21,6 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import Evaluation
-from nlsq_dask.sources.base import pad_chunk
 
 __all__ = ["FullObjective", "SampleObjective"]
 
@@ -53,7 +52,7 @@ class SampleObjective:
         directions = space.embed(np.eye(k))
         with jax.enable_x64(True):
             for index in blocks:
-                chunk = pad_chunk(self._home.read(index), self.problem.plan.leaf_shape)
+                chunk = self._home.fetch(index)
                 jac = np.asarray(self._jacobian(space.expand(params), directions, chunk))[:, :-1]
                 if not np.isfinite(jac).all():
                     return None
@@ -65,10 +64,9 @@ class SampleObjective:
         space = self.problem.space
         rivals = np.stack([space.expand(candidate) for candidate in candidates])
         with jax.enable_x64(True):
-            chunks = (pad_chunk(self._home.read(i), self.problem.plan.leaf_shape) for i in blocks)
             each = [
                 np.asarray(self._home.kernels.costs(rivals, self.problem.fill, chunk))
-                for chunk in chunks
+                for chunk in map(self._home.fetch, blocks)
             ]
         return np.asarray(np.sum(each, axis=0))
 
@@ -90,7 +88,7 @@ class SampleObjective:
                             space.expand(params),
                             directions,
                             self.problem.fill,
-                            pad_chunk(self._home.read(i), self.problem.plan.leaf_shape),
+                            self._home.fetch(i),
                         )
                     )
                     for i in blocks

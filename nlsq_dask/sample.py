@@ -15,7 +15,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float
 from nlsq_dask.errors import DataError
-from nlsq_dask.sources.base import Chunk, valid_rows
+from nlsq_dask.sources.base import Chunk, num_selected, valid_rows
 from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.grid import GridSource
 
@@ -94,16 +94,13 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         )
         return np.asarray(array[at], np.float64)
 
-    selected = (
-        chunk.y.size if chunk.where is None else int(np.broadcast_to(chunk.where, shape).sum())
-    )
     sigma = None if chunk.sigma is None else take(np.asarray(chunk.sigma))
     return Rows(
         x=tuple(take(np.asarray(column)) for column in chunk.x),
         y=take(np.asarray(chunk.y)),
         sigma=sigma,
         num_valid=len(valid),
-        num_invalid=selected - len(valid),
+        num_invalid=num_selected(chunk) - len(valid),
         smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
         chunk_bytes=chunk.nbytes,
     )

@@ -32,7 +32,7 @@ ORDER = [
     {"covariance", "objective", "result"},
     {"warmup"},
     {"optimizer"},
-    {"api"},
+    {"api", "testing"},
     {""},
     {"cli"},
 ]

@@ -101,12 +101,14 @@ class ClusterEvaluator:
         self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
         self._blocks = _remote_arrays(problem.source)
         self._is_persisted = False
-        self._plugin = ThreadPoolSize()
-        client.register_plugin(self._plugin, name=self._plugin_name)
-        self._send_problem()
-        self._probes = self._probe_workers()
-        if self._blocks:
-            self._persist_if_it_fits(workers)
+        with contextlib.ExitStack() as undo:
+            client.register_plugin(ThreadPoolSize(), name=self._plugin_name)
+            self._send_problem()
+            undo.callback(self.close)
+            self._probes = self._probe_workers()
+            if self._blocks:
+                self._persist_if_it_fits(workers)
+            undo.pop_all()
 
     @property
     def _plugin_name(self) -> str:
@@ -140,7 +142,9 @@ class ClusterEvaluator:
             }
             problem = replace(problem, source=problem.source.with_columns(remote))
         cache_bytes = self._cache_bytes
-        with _by_value(problem.model.function):
+        with contextlib.ExitStack() as by_value:
+            for own in (problem.model.function, problem.model.jac, type(problem.source)):
+                by_value.enter_context(_by_value(own))
             home = HomeSpec(
                 token=f"{self._token}-{uuid.uuid4().hex[:6]}",
                 payload=cloudpickle.dumps(problem),
@@ -232,10 +236,9 @@ class ClusterEvaluator:
         return int(total) if self._num_passes == 1 else 0
 
     def _submit(self, request: Request) -> list[Any]:
-        workers = _workers(self._client)
         if self._blocks and not self._is_persisted:
             return self._submit_by_block(request)
-        owners = self._ownership.assign({a: w["nthreads"] for a, w in workers.items()})
+        owners = self._owners()
         futures = []
         for leaves, owner in owners.items():
             futures.append(
@@ -256,6 +259,11 @@ class ClusterEvaluator:
             )
         return futures
 
+    def _owners(self) -> dict[range, str]:
+        """Who owns which leaves now: workers come and go between passes."""
+        workers = _workers(self._client)
+        return self._ownership.assign({address: w["nthreads"] for address, w in workers.items()})
+
     def _gather(self, futures: list[Any]) -> list[Any]:
         try:
             gathered: list[Any] = self._client.gather(futures)
@@ -274,25 +282,30 @@ class ClusterEvaluator:
         if self._blocks:
             calls = [
                 dask.delayed(map_chunk, pure=False)(
-                    self._home, function, i, self._delayed_of(i), dask_key_name=f"{label}-{i}"
+                    self._home, function, i, None, self._delayed_of(i), dask_key_name=f"{label}-{i}"
                 )
                 for i in indices
             ]
-            futures = self._client.compute(calls, retries=2)
-        else:
-            futures = [
+            return self._gather(self._client.compute(calls, retries=2))
+        owners = self._owners()
+        futures = []
+        for i in indices:
+            owner = next(owner for leaves, owner in owners.items() if i in leaves)
+            futures.append(
                 self._client.submit(
                     map_chunk,
                     self._home,
                     function,
                     i,
+                    owner,
                     None,
                     key=f"{label}-{i}",
                     pure=False,
                     retries=2,
+                    workers=[owner],
+                    allow_other_workers=True,
                 )
-                for i in indices
-            ]
+            )
         return self._gather(futures)
 
     def close(self) -> None:
@@ -431,7 +444,8 @@ def _by_value(function: Any) -> Iterator[None]:
     The user's own modules are not on the workers; installed packages are, and go by name.
     """
     module = inspect.getmodule(function) if function is not None else None
-    if module is None or not _is_users_own(module):
+    already = cloudpickle.list_registry_pickle_by_value()
+    if module is None or module.__name__ in already or not _is_users_own(module):
         yield
         return
     cloudpickle.register_pickle_by_value(module)

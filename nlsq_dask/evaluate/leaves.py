@@ -161,9 +161,9 @@ class ProblemHome:
         assert isinstance(source, GridSource)
         return source.assemble(index, blocks[index])
 
-    def read(self, index: int, blocks: Blocks | None = None) -> Chunk:
-        """A chunk as the source gives it, unpadded."""
-        return self._read(index, blocks)
+    def fetch(self, index: int, *, may_cache: bool = True, blocks: Blocks | None = None) -> Chunk:
+        """A chunk, padded to the common shape; from the cache if it is there."""
+        return self._chunk(index, _Meter(), may_cache, blocks)
 
 
 @dataclass(kw_only=True)

@@ -87,7 +87,7 @@ class LocalEvaluator:
     ) -> list[_Value]:
         """``[function(i, chunk_i), …]``."""
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map") as threads:
-            return list(threads.map(lambda i: function(i, self._home.read(i)), indices))
+            return list(threads.map(lambda i: function(i, self._home.fetch(i)), indices))
 
     def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
         self._home.problem = replace(self._home.problem, fill=fill)

@@ -109,10 +109,13 @@ def map_chunk(
     spec: HomeSpec,
     function: Callable[[int, Chunk], _Value],
     index: int,
+    owner: str | None,
     blocks: Mapping[str, np.ndarray] | None,
 ) -> _Value:
-    home = home_of(spec)
-    return function(index, home.read(index, None if blocks is None else {index: blocks}))
+    """Apply a function to a chunk, which stays with its owner for the passes to come."""
+    is_owner = distributed.get_worker().address == owner
+    given = None if blocks is None else {index: blocks}
+    return function(index, home_of(spec).fetch(index, may_cache=is_owner, blocks=given))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
 
-__all__ = ["Chunk", "Column", "Source", "check_chunk", "pad_chunk", "valid_rows"]
+__all__ = ["Chunk", "Column", "Source", "check_chunk", "num_selected", "pad_chunk", "valid_rows"]
 
 
 @jax.tree_util.register_dataclass
@@ -138,11 +138,31 @@ def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:
 
 
 def valid_rows(chunk: Chunk) -> Bool[np.ndarray, ...]:
-    """Which rows of an unpadded chunk count."""
+    """Which rows of a chunk count."""
     parts = [chunk.y, *chunk.x] + ([] if chunk.sigma is None else [chunk.sigma])
     valid = np.ones(chunk.y.shape, bool)
     for part in parts:
         valid &= np.isfinite(part)
     if chunk.where is not None:
         valid &= np.asarray(chunk.where, bool)
+    if chunk.extent is not None:
+        valid &= _is_real(chunk)
     return valid
+
+
+def num_selected(chunk: Chunk) -> int:
+    """Rows that `where` asks for, whether they are finite or not."""
+    selected = np.ones(chunk.y.shape, bool)
+    if chunk.where is not None:
+        selected &= np.asarray(chunk.where, bool)
+    if chunk.extent is not None:
+        selected &= _is_real(chunk)
+    return int(selected.sum())
+
+
+def _is_real(chunk: Chunk) -> Bool[np.ndarray, ...]:
+    """What is not padding."""
+    assert chunk.extent is not None
+    real = np.zeros(chunk.y.shape, bool)
+    real[tuple(slice(0, int(length)) for length in chunk.extent)] = True
+    return real
