@@ -34,7 +34,7 @@ __all__ = ["Optimum", "Warmup", "equal_cost", "warm_up"]
 _NUM_DESCENTS = 4  # of the scattered starts, beside p0
 _MAX_OPTIMA = 4  # that compete on all data
 _MAX_SAMPLE_ITERATIONS = 1000
-_SAMPLE_DISTANCE_TOL = 1e-3  # standard errors of the sample, which are 10 of the archive's
+_SAMPLE_DISTANCE_TOL = 1e-7  # in the sample: equivalent optima must have equal cost on all data
 _DISTINCT_DISTANCE = 3.0  # standard errors of the sample
 _EQUAL_COST = 1e-3  # of a row's: less says nothing, and p0 was the user's choice
 
@@ -128,6 +128,13 @@ class _Search:
             lbfgs_loss=lbfgs_loss,
         )
 
+    @property
+    def _size(self) -> Vector:
+        """How far is far, for each parameter: as far as `p0` is from zero, or its bounds apart."""
+        lower, upper = self._bounds
+        size = np.where(self._p0 != 0, np.abs(self._p0), 1.0)
+        return np.minimum(size, upper - lower)
+
     # -- starts
 
     def _starts(self) -> list[Vector]:
@@ -141,9 +148,7 @@ class _Search:
         """Seeded starts at distances from 3 % of `p0` to twice of it, in every direction."""
         rng = np.random.default_rng([self._config.seed, 1])
         lower, upper = self._bounds
-        size = np.where(self._p0 != 0, np.abs(self._p0), 1.0)
-        width = upper - lower
-        size = np.where(np.isfinite(width), np.minimum(size, width), size)
+        size = self._size
         starts = []
         for _ in range(self._config.num_starts):
             radius = np.exp(rng.uniform(np.log(0.03), np.log(2.0)))
@@ -184,12 +189,16 @@ class _Search:
     # -- optima
 
     def _distinct(self, states: Sequence[tuple[State, bool]]) -> list[Optimum]:
-        """The best first; of statistically equal ones, that reached from `p0`."""
+        """The best first; of statistically equal ones, that nearest to `p0`.
+
+        Models have symmetries: a phase and a full turn, a width and its sign, two terms of one
+        kind. All give the same fit, and the user's start says which is meant.
+        """
         best = min(state.cost for state, _ in states)
         equal = best + equal_cost(best, self._objective.sample.num_rows, self._tolerances)
         ordered = sorted(
             states,
-            key=lambda item: (max(item[0].cost, equal), not item[1], item[0].cost),
+            key=lambda item: (max(item[0].cost, equal), self._from_p0_to(item[0].params)),
         )
         kept: list[Optimum] = []
         for state, from_p0 in ordered:
@@ -202,6 +211,9 @@ class _Search:
             if not any(self._is_same(other, optimum) for other in kept):
                 kept.append(optimum)
         return kept[:_MAX_OPTIMA]
+
+    def _from_p0_to(self, params: Vector) -> float:
+        return float(np.linalg.norm((params - self._p0) / self._size))
 
     def _is_same(self, one: Optimum, other: Optimum) -> bool:
         variance = 2 * max(one.cost, other.cost) / max(self._objective.sample.num_rows, 1)

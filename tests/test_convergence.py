@@ -101,3 +101,21 @@ def test_a_start_one_period_off_ends_in_the_global_basin():
     np.testing.assert_allclose(result["w"], 3.0, atol=1e-3)
     costs = [optimum["cost"] for optimum in result.diagnostics["optima"]]
     assert result.cost <= min(costs)
+
+
+@pytest.mark.parametrize("chunk", [100, 333])
+def test_of_equivalent_optima_the_nearest_to_the_start_is_kept(chunk):
+    """A width and its sign, a phase and a full turn: the same fit for every chunking."""
+    rng = np.random.default_rng(0)
+    t = np.linspace(0, 10, 60_000)
+    y = 3 * np.exp(-0.5 * ((t - 4) / 0.6) ** 2) + 2 * np.sin(3 * t + 0.3)
+    ds = xr.Dataset({"y": ("row", y + rng.normal(size=t.size)), "t": ("row", t)}).chunk(row=chunk)
+
+    def peak_and_wave(t, a, m, s, b, w, p):
+        return a * jnp.exp(-0.5 * ((t - m) / s) ** 2) + b * jnp.sin(w * t + p)
+
+    p0 = {"a": 1.0, "m": 4.5, "s": 1.0, "b": 1.0, "w": 3.1, "p": 1.0}
+    result = fit_dataset(ds, peak_and_wave, y="y", x="t", p0=p0)
+    assert result.success
+    truth = np.array([3, 4, 0.6, 2, 3, 0.3])
+    assert np.all(np.abs(result.popt - truth) < 5 * result.perr)
