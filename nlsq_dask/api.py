@@ -304,7 +304,6 @@ def _fit(
         space=space,
         source=source,
         plan=plan,
-        fill=np.zeros(len(source.variables)),
         absolute_sigma=absolute_sigma,
     )
     evaluator = _choose_evaluator(problem, config, client)

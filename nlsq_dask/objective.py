@@ -31,7 +31,7 @@ class SampleObjective:
     def __init__(self, problem: Problem, sample: Sample) -> None:
         plan = plan_chunks(sample.source, problem.space.num_free)
         self.sample = sample
-        self.problem = replace(problem, source=sample.source, plan=plan, fill=sample.fill)
+        self.problem = replace(problem, source=sample.source, plan=plan)
         self._home = ProblemHome(problem=self.problem, cache_bytes=2**62, prefetch=False)
         self._jacobian = build_jacobian(problem.model, problem.space)
         self._curvature = build_curvature(problem.model, problem.space, plan.tile_shape)
@@ -65,7 +65,7 @@ class SampleObjective:
         rivals = np.stack([space.expand(candidate) for candidate in candidates])
         with jax.enable_x64(True):
             each = [
-                np.asarray(self._home.kernels.costs(rivals, self.problem.fill, chunk))
+                np.asarray(self._home.kernels.costs(rivals, self.sample.fill, chunk))
                 for chunk in map(self._home.fetch, blocks)
             ]
         return np.asarray(np.sum(each, axis=0))
@@ -87,7 +87,7 @@ class SampleObjective:
                         self._curvature(
                             space.expand(params),
                             directions,
-                            self.problem.fill,
+                            self.sample.fill,
                             self._home.fetch(i),
                         )
                     )
@@ -109,7 +109,9 @@ class _SampleEvaluate:
     def __call__(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> Evaluation:
         problem = self.objective.problem
         request = Request(
-            params=problem.space.expand(params), directions=problem.directions(whitening)
+            params=problem.space.expand(params),
+            directions=problem.directions(whitening),
+            fill=self.objective.sample.fill,
         )
         sums = self.objective.sums(request, self.blocks)
         return Evaluation(params=params, whitening=whitening, normal=sums.normal)
@@ -136,6 +138,7 @@ class FullObjective:
         request = Request(
             params=space.expand(params),
             directions=self.problem.directions(whitening),
+            fill=self.sample.sample.fill,
             rivals=np.stack([space.expand(rival) for rival in rivals]) if len(rivals) else None,
             center=center,
         )

@@ -86,8 +86,6 @@ class _Fit:
     def run(self) -> FitResult:
         memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
-        self._problem = replace(self._problem, fill=sample.fill)
-        self._evaluator.set_fill(sample.fill)
         space = self._problem.space
         rows = sample.source
         everything = tuple(column.read((slice(None),)) for column in rows.x)

@@ -17,17 +17,12 @@ __all__ = ["Problem"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """Minimise ``½ Σ ((model(x, params) - y) / sigma)²`` over the rows of `source`.
-
-    `fill` is a value of each variable at which the model is defined: rows without weight are
-    evaluated there.
-    """
+    """Minimise ``½ Σ ((model(x, params) - y) / sigma)²`` over the rows of `source`."""
 
     model: Model
     space: ParameterSpace
     source: Source
     plan: Plan
-    fill: Float[np.ndarray, " variables"]
     absolute_sigma: bool = False
 
     def directions(self, whitening: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "n k"]:

@@ -209,13 +209,11 @@ def test_evaluators_are_interchangeable():
         "evaluate",
         "map_chunks",
         "memory",
-        "set_fill",
         "close",
     }
     assert {name for name in vars(ClusterEvaluator) if not name.startswith("_")} >= {
         "evaluate",
         "map_chunks",
         "memory",
-        "set_fill",
         "close",
     }

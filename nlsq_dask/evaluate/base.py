@@ -24,6 +24,7 @@ class Request:
 
     params: Float[np.ndarray, " n"]
     directions: Float[np.ndarray, "n k"]
+    fill: Float[np.ndarray, " variables"]  # where rows without weight are evaluated
     rivals: Float[np.ndarray, "rivals n"] | None = None  # cost only
     center: float | None = None  # of the summary of y; None leaves it out
 
@@ -75,9 +76,6 @@ class Evaluator(Protocol):
         self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
     ) -> list[_Value]:
         """``[function(i, chunk_i), …]``, computed where the chunks are."""
-
-    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
-        """Values at which rows without weight are evaluated, once the sample has shown some."""
 
     def memory(self) -> dict[str, Any]:
         """Projected bytes for one process and the limit they were held against."""

@@ -25,7 +25,6 @@ import distributed
 import numpy as np
 import psutil
 
-from nlsq_dask._typing import Float
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request
@@ -146,12 +145,11 @@ class ClusterEvaluator:
             for own in (problem.model.function, problem.model.jac, type(problem.source)):
                 by_value.enter_context(_by_value(own))
             home = HomeSpec(
-                token=f"{self._token}-{uuid.uuid4().hex[:6]}",
+                token=self._token,
                 payload=cloudpickle.dumps(problem),
                 cache_bytes=cache_bytes,
                 prefetch=self._config.prefetch,
             )
-        self._home_token = home.token
         self._spec = home
         self._home = self._client.submit(
             same_spec, home, key=f"nlsq-problem-{home.token}", pure=False, retries=2
@@ -164,11 +162,6 @@ class ClusterEvaluator:
         if self._config.cache_bytes is not None:
             return self._config.cache_bytes
         return int(CACHE_SHARE * self._memory_limit)
-
-    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
-        self._forget()
-        self._problem = replace(self._problem, fill=fill)
-        self._send_problem()
 
     # -- checks before the first pass
 
@@ -198,12 +191,13 @@ class ClusterEvaluator:
         """Projected bytes of a worker process; refused if they exceed its limit."""
         source = self._problem.source
         local = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
+        kept = sum(a.nbytes for a in self._blocks.values()) if self._is_persisted else 0
         projection = MemoryProjection(
             base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
             leaf_bytes=self._problem.plan.leaf_bytes,
             kernel_bytes=kernel_bytes(local),
             num_threads=self._num_threads,
-            cache_bytes=self._cache_bytes,
+            cache_bytes=self._cache_bytes + kept // len(self._probes),
         )
         limit = self._memory_limit or None
         projection.require_within(limit, int(np.prod(source.chunk_shape)))
@@ -318,7 +312,7 @@ class ClusterEvaluator:
     def _forget(self) -> None:
         self._home.release()
         with contextlib.suppress(OSError):
-            self._client.run(forget_home, self._home_token)
+            self._client.run(forget_home, self._token)
 
     # -- blocks of Dask arrays
 

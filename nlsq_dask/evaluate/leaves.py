@@ -90,7 +90,7 @@ class ProblemHome:
         )
 
     def _evaluate(self, chunk: Chunk, request: Request, meter: _Meter) -> Sums:
-        fill = self.problem.fill
+        fill = request.fill
         # Other processes never saw the client's setting, and the setting is the thread's own.
         with jax.enable_x64(True), self._compiling_once(chunk, request, meter):
             normal = self.kernels.normal_equations(request.params, request.directions, fill, chunk)

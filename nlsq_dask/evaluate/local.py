@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import psutil
 
-from nlsq_dask._typing import Float, abstract
+from nlsq_dask._typing import abstract
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
@@ -88,9 +87,6 @@ class LocalEvaluator:
         """``[function(i, chunk_i), …]``."""
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map") as threads:
             return list(threads.map(lambda i: function(i, self._home.fetch(i)), indices))
-
-    def set_fill(self, fill: Float[np.ndarray, " variables"]) -> None:
-        self._home.problem = replace(self._home.problem, fill=fill)
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; nothing to project where the data are here already."""
