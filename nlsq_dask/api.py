@@ -19,7 +19,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
-from nlsq_dask.evaluate.local import LocalEvaluator
+from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
 from nlsq_dask.model import (
     Model,
     build_model,
@@ -111,8 +111,8 @@ def fit_dataset(
         ``jac(x1, …, p1, …)``: the derivative of `model` by its parameters, as a sequence with one
         array for each or one array with the parameters on its last axis. By default automatic.
     client : distributed.Client, optional
-        The cluster. By default the active client where a pass is worth sending, else threads of
-        this process. None is ever started.
+        The cluster. By default the active client, unless the data are arrays of this process or
+        a pass is too little work to send; else threads of this process. None is ever started.
     config : HybridStreamingConfig, optional
     callback : callable, optional
         Called with an `IterationRecord` after each pass; raising StopIteration ends the fit.
@@ -320,7 +320,8 @@ def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: A
     if client is None:
         client = active_client()
         work = problem.source.num_rows * (problem.space.num_free + 1)
-        if client is None or work < _IN_PROCESS_ROW_PARAMETERS:
+        is_small = work < _IN_PROCESS_ROW_PARAMETERS
+        if client is None or is_small or is_in_memory(problem):
             return LocalEvaluator(problem, config)
     return ClusterEvaluator(problem, config, client)
 

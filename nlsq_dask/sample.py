@@ -66,6 +66,11 @@ class Sample:
         return range(self.source.num_chunks)
 
     @property
+    def center(self) -> float:
+        """About the mean of `y`."""
+        return float(np.mean(self.source.y.read((slice(None),))))
+
+    @property
     def fill(self) -> Float[np.ndarray, " variables"]:
         """A value of each variable at which the model is evaluated where no row counts."""
         return np.array([column.read((slice(0, 1),))[0] for column in self.source.x])

@@ -31,6 +31,7 @@ ORDER = [
     {"solvers.minimize"},
     {"covariance", "objective", "result"},
     {"warmup"},
+    {"report"},
     {"optimizer"},
     {"api", "testing"},
     {""},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource
 
-__all__ = ["CACHE_SHARE", "LocalEvaluator", "kernel_bytes"]
+__all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory", "kernel_bytes"]
 
 _Value = TypeVar("_Value")
 
@@ -40,9 +42,9 @@ class LocalEvaluator:
         num_threads: int | None = None,
     ) -> None:
         config = HybridStreamingConfig() if config is None else config
-        self._num_threads = num_threads or len(psutil.Process().cpu_affinity() or [1])
+        self._num_threads = num_threads or _num_cpus()
         cache_bytes = config.cache_bytes
-        if _is_in_memory(problem):
+        if is_in_memory(problem):
             cache_bytes = 0
         elif cache_bytes is None:
             cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
@@ -90,7 +92,7 @@ class LocalEvaluator:
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; nothing to project where the data are here already."""
-        if _is_in_memory(self.problem):
+        if is_in_memory(self.problem):
             return {}
         projection = MemoryProjection(
             base_bytes=psutil.Process().memory_info().rss,
@@ -107,7 +109,15 @@ class LocalEvaluator:
         self._home.retain([])
 
 
-def _is_in_memory(problem: Problem) -> bool:
+def _num_cpus() -> int:
+    """Processors that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_in_memory(problem: Problem) -> bool:
+    """Whether all columns are arrays of this process."""
     source = problem.source
     return isinstance(source, GridSource) and all(
         column.is_in_memory for column in source.columns.values()

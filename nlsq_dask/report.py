@@ -1,0 +1,184 @@
+"""What came of a fit, put together: parameters, covariance, and how it went."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nlsq_dask._version import __version__
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.covariance import Covariance, estimate_covariance
+from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.objective import FullObjective
+from nlsq_dask.problem import Problem
+from nlsq_dask.result import FitResult
+from nlsq_dask.sample import Sample
+from nlsq_dask.solvers.trust_region import State
+from nlsq_dask.status import Status
+from nlsq_dask.telemetry import IterationRecord
+from nlsq_dask.warmup import Warmup
+
+__all__ = ["Course", "Gate", "build_result"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What the first pass over all data decided between."""
+
+    optima: list[dict[str, Any]]
+    switched: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """All that happened in a fit."""
+
+    problem: Problem
+    config: HybridStreamingConfig
+    evaluator: Evaluator
+    full: FullObjective
+    sample: Sample
+    warmup: Warmup | None
+    gate: Gate
+    memory: Mapping[str, Any]
+    history: tuple[IterationRecord, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def bytes_read(self) -> int:
+        for_sample = 0 if self.evaluator.keeps_rows else self.sample.bytes_read
+        return for_sample + sum(done.bytes_read for done in self.full.passes)
+
+
+def build_result(course: Course, state: State) -> FitResult:
+    """The result at the best point evaluated, with the covariance of its normal equations."""
+    problem, space = course.problem, course.problem.space
+    num_rows = int(state.evaluation.normal.num_rows)
+    covariance = _covariance(problem, state, num_rows)
+    summary = course.full.passes[0].sums.summary
+    active = np.zeros(space.size, bool)
+    active[space.is_free] = state.active
+    return FitResult(
+        popt=space.expand(state.params),
+        pcov=covariance.matrix,
+        param_names=space.labels,
+        shapes=dict(zip(space.names, space.shapes, strict=True)),
+        is_free=space.is_free,
+        status=state.status,
+        details=_details(course, state),
+        cost=state.cost,
+        num_rows=num_rows,
+        num_masked=problem.source.num_rows - num_rows,
+        total_sum_of_squares=0.0 if summary is None else summary.total_sum_of_squares,
+        num_passes=len(course.full.passes),
+        bytes_read=course.bytes_read,
+        optimality=state.optimality,
+        distance=float(state.remaining_distance),
+        condition_number=covariance.condition_number,
+        rank=covariance.rank,
+        active=active,
+        absolute_sigma=problem.absolute_sigma,
+        history=course.history,
+        diagnostics=_diagnostics(course, state, covariance),
+    )
+
+
+def _covariance(problem: Problem, state: State, num_rows: int) -> Covariance:
+    space = problem.space
+    dof = num_rows - space.num_free
+    variance = 2 * state.cost / dof if dof > 0 else np.inf
+    if problem.absolute_sigma:
+        variance = 1.0
+    if state.status is Status.NOT_FINITE:
+        variance = np.inf
+    return estimate_covariance(state.model.gauss_newton_factor, variance, space)
+
+
+def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[str, Any]:
+    return {
+        "evaluator": course.evaluator.description,
+        "plan": asdict(course.problem.plan),
+        "memory": dict(course.memory),
+        "sample": _describe_sample(course.sample, course.warmup),
+        "optima": course.gate.optima,
+        "switched_at_gate": course.gate.switched,
+        "rank_tolerance": covariance.rank_tolerance,
+        "seconds": dict(course.seconds),
+        "passes": _describe_passes(course.full),
+        "config": course.config.as_dict(),
+        "versions": {
+            "nlsq_dask": __version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+        },
+        "warnings": _warnings(course, state, covariance.rank),
+    }
+
+
+def _details(course: Course, state: State) -> str:
+    """The numbers to the status."""
+    if state.status is Status.NOT_FINITE:
+        leaves = list(course.full.passes[-1].offending_leaves)
+        return f"Not finite in chunks {leaves}." if leaves else ""
+    return (
+        f"Distance to the minimum: {state.remaining_distance:.1e} standard errors "
+        f"(limit {course.config.distance_tol:.1e})."
+    )
+
+
+def _warnings(course: Course, state: State, rank: int) -> list[str]:
+    """Sentences that a user should read even if the fit converged."""
+    if state.status is Status.NOT_FINITE:
+        return []
+    texts = []
+    free = course.problem.space.num_free
+    if rank < free:
+        texts.append(
+            f"the data determine {rank} of {free} free parameters' directions; parameters "
+            "with an infinite standard error are arbitrary"
+        )
+    few = int(state.evaluation.normal.num_rows) <= free
+    if few and not course.problem.absolute_sigma:
+        texts.append(
+            "there are not more rows than free parameters, so that the covariance could not "
+            "be estimated"
+        )
+    return texts
+
+
+def _describe_sample(sample: Sample, warmup: Warmup | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "num_rows": sample.num_rows,
+        "num_chunks_read": sample.num_chunks_read,
+        "is_everything": sample.is_everything,
+    }
+    if warmup is not None:
+        described |= {
+            "num_starts": warmup.num_starts,
+            "num_evaluations": warmup.num_evaluations,
+            "halves_agree": warmup.halves_agree,
+            "lbfgs_loss": warmup.lbfgs_loss,
+        }
+    return described
+
+
+def _describe_passes(full: FullObjective) -> dict[str, Any]:
+    reports = [report for done in full.passes for report in done.reports]
+    compilations: dict[str, int] = {}
+    peak: dict[str, int] = {}
+    for report in reports:
+        name = report.process
+        compilations[name] = compilations.get(name, 0) + report.num_compilations
+        peak[name] = max(peak.get(name, 0), report.peak_memory_bytes)
+    return {
+        "seconds": [done.seconds for done in full.passes],
+        "bytes_read": [done.bytes_read for done in full.passes],
+        "tasks": [len(done.reports) for done in full.passes],
+        "compilations_by_process": compilations,
+        "peak_memory_bytes_by_process": peak,
+        "read_seconds": math.fsum(report.read_seconds for report in reports),
+    }
