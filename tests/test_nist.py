@@ -38,10 +38,16 @@ NINE = [
 ]
 
 
+EDGE = ["Misra1b"]  # converges to where rounding of the residuals decides between steps
+
+
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize(
     "name",
-    [name if name in NINE else pytest.param(name, marks=pytest.mark.slow) for name in nist.MODELS],
+    [
+        name if name in NINE + EDGE else pytest.param(name, marks=pytest.mark.slow)
+        for name in nist.MODELS
+    ],
 )
 def test_certified_values_from_arrays(name, start):
     problem = nist.load(name)

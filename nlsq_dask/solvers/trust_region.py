@@ -65,9 +65,10 @@ class Tolerances:
     def cost_noise(self, cost: float) -> float:
         """Differences of the cost below this are rounding: of its sum, and of the residuals.
 
-        With errors of eps |y| in each residual, the cost errs by at most ``eps ‖r‖ ‖y‖``.
+        A model errs by a few eps |y|, ten say, in each residual, and the cost then by at most
+        ``10 eps ‖r‖ ‖y‖``.
         """
-        residual = _EPS * np.sqrt(2 * cost * self.data_square)
+        residual = 10 * _EPS * np.sqrt(2 * cost * self.data_square)
         return 100 * _EPS * cost + float(residual) + 8 * _EPS**2 * self.data_square
 
 
