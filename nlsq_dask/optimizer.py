@@ -181,7 +181,6 @@ class _Fit:
                 "params": space.expand(optimum.params),
                 "sample_cost": optimum.cost,
                 "cost": cost,
-                "from_p0": optimum.from_p0,
             }
             for optimum, cost in zip(warmup.optima, costs, strict=True)
         ]

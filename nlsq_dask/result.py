@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy.special
 import xarray as xr
 
 from nlsq_dask._typing import Float, Shape
@@ -177,9 +177,9 @@ class FitResult:
             raise ValueError(f"`level` must be between 0 and 1, got {level!r}")
         tail = 0.5 * (1 + level)
         if self.absolute_sigma:
-            width = scipy.stats.norm.ppf(tail)
+            width = float(scipy.special.ndtri(tail))
         else:
-            width = scipy.stats.t.ppf(tail, self.dof) if self.dof > 0 else np.inf
+            width = float(scipy.special.stdtrit(self.dof, tail)) if self.dof > 0 else np.inf
         errors = self.perr
         reach = np.where(errors > 0, errors, 0.0) * (width if np.isfinite(width) else 1.0)
         return xr.DataArray(

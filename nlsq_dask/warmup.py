@@ -46,7 +46,6 @@ class Optimum:
     params: Float[np.ndarray, " k"]
     cost: float
     factor: Float[np.ndarray, "k k"]
-    from_p0: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class _Search:
         self._p0 = space.p0[space.is_free]
         sample = objective.sample
         first, second = sample.halves
-        # The first block of each half, for what is only exploration.
+        # One block will do for what is only exploration.
         self._explored = range(first.start, first.start + 1)
         self._everything = sample.blocks
         self._halves = (first, second)
@@ -108,15 +107,11 @@ class _Search:
         if not starts:
             return None
         lbfgs_loss, descended = self._descend(starts)
-        states = [
-            (self._fit(start, self._everything), index == 0)  # L-BFGS may have left the basin
-            for index, start in enumerate(descended)
-        ]
-        optima = self._distinct(
-            [(state, from_p0) for state, from_p0 in states if state is not None]
-        )
-        if not optima:
+        fits = [self._fit(start, self._everything) for start in descended]
+        states = [state for state in fits if state is not None]
+        if not states:
             return None
+        optima = self._distinct(states)
         agree, rivals = self._compare_halves(optima[0])
         kept = (*optima, *rivals)[:_MAX_OPTIMA]
         return Warmup(
@@ -163,7 +158,7 @@ class _Search:
     # -- descents
 
     def _descend(self, starts: Sequence[Vector]) -> tuple[float | None, list[Vector]]:
-        """L-BFGS from each start; `p0` itself stays the first, as it is."""
+        """L-BFGS from each start, beside the first as it is: L-BFGS may leave its basin."""
         if self._config.max_warmup_iterations == 0:
             return None, list(starts)
         descent = _Descent(self._objective, self._config, self._explored)
@@ -188,25 +183,24 @@ class _Search:
 
     # -- optima
 
-    def _distinct(self, states: Sequence[tuple[State, bool]]) -> list[Optimum]:
+    def _distinct(self, states: Sequence[State]) -> list[Optimum]:
         """The best first; of statistically equal ones, that nearest to `p0`.
 
         Models have symmetries: a phase and a full turn, a width and its sign, two terms of one
         kind. All give the same fit, and the user's start says which is meant.
         """
-        best = min(state.cost for state, _ in states)
+        best = min(state.cost for state in states)
         equal = best + equal_cost(best, self._objective.sample.num_rows, self._tolerances)
         ordered = sorted(
             states,
-            key=lambda item: (max(item[0].cost, equal), self._from_p0_to(item[0].params)),
+            key=lambda state: (max(state.cost, equal), self._from_p0_to(state.params)),
         )
         kept: list[Optimum] = []
-        for state, from_p0 in ordered:
+        for state in ordered:
             optimum = Optimum(
                 params=state.params,
                 cost=state.cost,
                 factor=state.model.gauss_newton_factor,
-                from_p0=from_p0,
             )
             if not any(self._is_same(other, optimum) for other in kept):
                 kept.append(optimum)
@@ -242,7 +236,7 @@ class _Search:
         agree = chi2 <= k + 6 * np.sqrt(2 * k) + 10
         if agree:
             return True, []
-        return False, self._distinct([(one, False), (other, False)])
+        return False, self._distinct([one, other])
 
 
 class _Descent:
