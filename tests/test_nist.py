@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dask.array as da
-import nist
 import numpy as np
 import pytest
 
+import nist
 from nlsq_dask import curve_fit
 
 # The residuals of Lanczos1 are of the size of 1e-13: the last bit of the exponentials moves their

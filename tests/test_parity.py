@@ -5,10 +5,10 @@ from __future__ import annotations
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
-import problems
 import pytest
 import xarray as xr
 
+import problems
 from nlsq_dask import curve_fit, fit_dataset
 
 NUM_ROWS = 120_000

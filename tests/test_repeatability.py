@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import problems
 import pytest
 import xarray as xr
-from conftest import start_cluster
 from distributed import Client
 
+import problems
+from conftest import start_cluster
 from nlsq_dask import Chunk, HybridStreamingConfig, fit_dataset
 from nlsq_dask.evaluate.cluster import ClusterEvaluator
 from nlsq_dask.evaluate.local import LocalEvaluator
@@ -189,6 +189,7 @@ _COMPILED: list[str] = []
 
 def _count_compilations() -> None:
     import jax
+
     import test_repeatability
 
     def listen(event: str, duration: float, **about: str) -> None:
