@@ -7,6 +7,7 @@ position in the draw make two disjoint halves, whose optima should agree within 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float
 from nlsq_dask.errors import DataError
-from nlsq_dask.sources.base import Chunk, num_selected, valid_rows
+from nlsq_dask.sources.base import Chunk, finite_rows, selected_rows
 from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.grid import GridSource
 
@@ -86,7 +87,8 @@ def sample_size(num_rows: int, max_fraction: float) -> int:
 def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
     """A share of a chunk's valid rows, at random offsets that depend on seed and chunk alone."""
     shape = chunk.y.shape
-    valid = np.flatnonzero(valid_rows(chunk).ravel())
+    selected = selected_rows(chunk)
+    valid = np.flatnonzero((selected & finite_rows(chunk)).ravel())
     wanted = min(len(valid), int(np.ceil(fraction * len(valid))))
     rng = np.random.default_rng([seed, index])
     chosen = valid if wanted == len(valid) else np.sort(rng.choice(valid, wanted, replace=False))
@@ -105,7 +107,7 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         y=take(np.asarray(chunk.y)),
         sigma=sigma,
         num_valid=len(valid),
-        num_invalid=num_selected(chunk) - len(valid),
+        num_invalid=int(selected.sum()) - len(valid),
         smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
         chunk_bytes=chunk.nbytes,
     )
@@ -137,7 +139,7 @@ def draw_sample(
         rng = np.random.default_rng([seed, strata])
         chosen = _stratified(num_chunks, strata, rng)
         share = min(1.0, target * num_chunks / (num_rows * strata))
-        drawn = map_chunks(_Draw(fraction=share, seed=seed), chosen)
+        drawn = map_chunks(functools.partial(draw_rows, fraction=share, seed=seed), chosen)
         found = sum(len(rows.y) for rows in drawn)
         if strata == num_chunks or found >= min(target, 4096) // 4:
             break
@@ -148,17 +150,6 @@ def draw_sample(
             "with finite values in all its variables"
         )
     return _assemble(drawn, chosen, variables, everything)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Draw:
-    """`draw_rows` with its options, picklable by name."""
-
-    fraction: float
-    seed: int
-
-    def __call__(self, index: int, chunk: Chunk) -> Rows:
-        return draw_rows(index, chunk, fraction=self.fraction, seed=self.seed)
 
 
 def _stratified(num_chunks: int, strata: int, rng: np.random.Generator) -> list[int]:

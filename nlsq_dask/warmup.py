@@ -59,10 +59,6 @@ class Warmup:
     num_evaluations: int
     lbfgs_loss: float | None
 
-    @property
-    def best(self) -> Optimum:
-        return self.optima[0]
-
 
 def warm_up(
     objective: SampleObjective, config: HybridStreamingConfig, tolerances: Tolerances

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ def probe_worker(spec: HomeSpec) -> dict[str, Any]:
         source.read(0)
     return {
         "jaxlib": JAXLIB_VERSION,
-        "python": platform.python_version(),
         "base_bytes": psutil.Process().memory_info().rss,
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
 
-__all__ = ["Chunk", "Column", "Source", "check_chunk", "num_selected", "pad_chunk", "valid_rows"]
+__all__ = ["Chunk", "Column", "Source", "check_chunk", "finite_rows", "pad_chunk", "selected_rows"]
 
 
 @jax.tree_util.register_dataclass
@@ -137,32 +137,22 @@ def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:
     )
 
 
-def valid_rows(chunk: Chunk) -> Bool[np.ndarray, ...]:
-    """Which rows of a chunk count."""
-    parts = [chunk.y, *chunk.x] + ([] if chunk.sigma is None else [chunk.sigma])
-    valid = np.ones(chunk.y.shape, bool)
-    for part in parts:
-        valid &= np.isfinite(part)
-    if chunk.where is not None:
-        valid &= np.asarray(chunk.where, bool)
-    if chunk.extent is not None:
-        valid &= _is_real(chunk)
-    return valid
-
-
-def num_selected(chunk: Chunk) -> int:
-    """Rows that `where` asks for, whether they are finite or not."""
+def selected_rows(chunk: Chunk) -> Bool[np.ndarray, ...]:
+    """Which rows are wanted: those that `where` asks for and that are no padding."""
     selected = np.ones(chunk.y.shape, bool)
     if chunk.where is not None:
         selected &= np.asarray(chunk.where, bool)
     if chunk.extent is not None:
-        selected &= _is_real(chunk)
-    return int(selected.sum())
+        is_real = np.zeros(chunk.y.shape, bool)
+        is_real[tuple(slice(0, int(length)) for length in chunk.extent)] = True
+        selected &= is_real
+    return selected
 
 
-def _is_real(chunk: Chunk) -> Bool[np.ndarray, ...]:
-    """What is not padding."""
-    assert chunk.extent is not None
-    real = np.zeros(chunk.y.shape, bool)
-    real[tuple(slice(0, int(length)) for length in chunk.extent)] = True
-    return real
+def finite_rows(chunk: Chunk) -> Bool[np.ndarray, ...]:
+    """Which rows have a finite value in every column."""
+    finite = np.ones(chunk.y.shape, bool)
+    for part in (chunk.y, *chunk.x, chunk.sigma):
+        if part is not None:
+            finite &= np.isfinite(part)
+    return finite

@@ -17,8 +17,6 @@ from nlsq_dask.errors import StoreNotFoundError
 
 __all__ = ["open_store"]
 
-_HDF5_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".hdf", ".he5")
-
 
 def open_store(
     store: str | os.PathLike[str] | ZarrStore,
