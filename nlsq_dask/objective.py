@@ -21,6 +21,7 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import Evaluation
+from nlsq_dask.sources.base import Chunk
 
 __all__ = ["FullObjective", "SampleObjective"]
 
@@ -40,6 +41,10 @@ class SampleObjective:
         """``(params, whitening) -> Evaluation`` over some of the blocks."""
         return _SampleEvaluate(self, blocks)
 
+    def block(self, index: int) -> Chunk:
+        """A block of the sample, padded to the common shape."""
+        return self._home.fetch(index)
+
     def sums(self, request: Request, blocks: range) -> Sums:
         report = self._home.reduce(blocks, request)
         return functools.reduce(operator.add, report.nodes.values())
@@ -52,7 +57,7 @@ class SampleObjective:
         directions = space.embed(np.eye(k))
         with jax.enable_x64(True):
             for index in blocks:
-                chunk = self._home.fetch(index)
+                chunk = self.block(index)
                 jac = np.asarray(self._jacobian(space.expand(params), directions, chunk))[:, :-1]
                 if not np.isfinite(jac).all():
                     return None
@@ -66,7 +71,7 @@ class SampleObjective:
         with jax.enable_x64(True):
             each = [
                 np.asarray(self._home.kernels.costs(rivals, self.sample.fill, chunk))
-                for chunk in map(self._home.fetch, blocks)
+                for chunk in map(self.block, blocks)
             ]
         return np.asarray(np.sum(each, axis=0))
 
@@ -88,7 +93,7 @@ class SampleObjective:
                             space.expand(params),
                             directions,
                             self.sample.fill,
-                            self._home.fetch(i),
+                            self.block(i),
                         )
                     )
                     for i in blocks

@@ -26,7 +26,7 @@ from nlsq_dask.solvers.lbfgs import LbfgsOptions, build_lbfgs
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
-from nlsq_dask.sources.base import pad_chunk
+from nlsq_dask.sources.base import selected_rows
 from nlsq_dask.status import Status
 
 __all__ = ["Optimum", "Warmup", "equal_cost", "warm_up"]
@@ -245,11 +245,9 @@ class _Descent:
         problem = objective.problem
         space, model = problem.space, problem.model
         self._blocks = blocks
-        source = problem.source
-        chunk = pad_chunk(source.read(blocks[0]), problem.plan.leaf_shape)
-        rows = int(chunk.extent[0]) if chunk.extent is not None else chunk.y.shape[0]
-        is_row = np.arange(chunk.y.shape[0]) < rows
-        weighted = chunk.y[:rows] if chunk.sigma is None else (chunk.y / chunk.sigma)[:rows]
+        chunk = objective.block(blocks[0])
+        is_row = selected_rows(chunk)
+        weighted = (chunk.y if chunk.sigma is None else chunk.y / chunk.sigma)[is_row]
         spread = float(np.sum((weighted - np.mean(weighted)) ** 2))
         self._spread = spread if spread > 0 else 1.0
         free = np.flatnonzero(space.is_free)

@@ -140,14 +140,13 @@ class ClusterEvaluator:
                 for role in self._blocks
             }
             problem = replace(problem, source=problem.source.with_columns(remote))
-        cache_bytes = self._cache_bytes
         with contextlib.ExitStack() as by_value:
             for own in (problem.model.function, problem.model.jac, type(problem.source)):
                 by_value.enter_context(_by_value(own))
             home = HomeSpec(
                 token=self._token,
                 payload=cloudpickle.dumps(problem),
-                cache_bytes=cache_bytes,
+                cache_bytes=self._cache_bytes,
                 prefetch=self._config.prefetch,
             )
         self._spec = home
@@ -191,7 +190,7 @@ class ClusterEvaluator:
         """Projected bytes of a worker process; refused if they exceed its limit."""
         source = self._problem.source
         local = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
-        kept = sum(a.nbytes for a in self._blocks.values()) if self._is_persisted else 0
+        kept = self._blocks_bytes if self._is_persisted else 0
         projection = MemoryProjection(
             base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
             leaf_bytes=self._problem.plan.leaf_bytes,
@@ -226,8 +225,7 @@ class ClusterEvaluator:
     def _bytes_read(self, reports: Sequence[RangeReport]) -> int:
         if not self._is_persisted:
             return sum(report.bytes_read for report in reports)
-        total = sum(array.nbytes for array in self._blocks.values())
-        return int(total) if self._num_passes == 1 else 0
+        return self._blocks_bytes if self._num_passes == 1 else 0
 
     def _submit(self, request: Request) -> list[Any]:
         if self._blocks and not self._is_persisted:
@@ -304,22 +302,22 @@ class ClusterEvaluator:
 
     def close(self) -> None:
         """Leave nothing behind: neither tasks nor chunks nor the plugin."""
-        self._forget()
+        self._home.release()
+        with contextlib.suppress(OSError):
+            self._client.run(forget_home, self._token)
         self._blocks = {}
         with contextlib.suppress(OSError, ValueError):
             self._client.unregister_worker_plugin(self._plugin_name)
 
-    def _forget(self) -> None:
-        self._home.release()
-        with contextlib.suppress(OSError):
-            self._client.run(forget_home, self._token)
-
     # -- blocks of Dask arrays
 
+    @property
+    def _blocks_bytes(self) -> int:
+        return sum(int(array.nbytes) for array in self._blocks.values())
+
     def _persist_if_it_fits(self, workers: Mapping[str, Any]) -> None:
-        total = sum(array.nbytes for array in self._blocks.values())
         room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
-        if total > _PERSIST_SHARE * room:
+        if self._blocks_bytes > _PERSIST_SHARE * room:
             return
         # Arrays of the client's own travel in the graph, where the scheduler can make a lost
         # block again; scattered ones could not be.
