@@ -2,39 +2,213 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any, Literal, Self, TypeAlias
 
-__all__ = ["HybridStreamingConfig"]
+from nlsq_dask.presets import PRESETS
+
+__all__ = ["HybridStreamingConfig", "Precision"]
+
+Precision: TypeAlias = Literal["float64", "mixed", "float32"]
+
+_FIRST_ORDER = "belonged to a first-order warmup; L-BFGS and its line search choose step lengths"
+_DROPPED = {
+    "warmup_learning_rate": _FIRST_ORDER,
+    "use_learning_rate_schedule": _FIRST_ORDER,
+    "warmup_lr_refinement": _FIRST_ORDER,
+    "warmup_lr_careful": _FIRST_ORDER,
+    "gc_chunk_interval": "belonged to a loop in Python that left garbage behind; there is none",
+    "loop_strategy": "chose between loops over chunks; there is one",
+    "min_success_rate": "let a fit drop the data of failing batches; here none are ever dropped",
+}
+_DROPPED_PREFIX = "lr_schedule_"
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "normalization_strategy": ("auto", "bounds", "p0", "jacobian", "none"),
+    "lbfgs_line_search": ("wolfe", "strong_wolfe", "backtracking"),
+    "multistart_sampler": ("lhs", "sobol", "halton"),
+    "precision": ("float64", "mixed", "float32"),
+}
+_CRITERIA = ("plateau", "gradient", "max_iter")
+# Smallest value of each whole number.
+_INTEGERS: Mapping[str, int] = {
+    "warmup_iterations": 0,
+    "max_warmup_iterations": 0,
+    "lbfgs_history_size": 1,
+    "gauss_newton_max_iterations": 1,
+    "cg_max_iterations": 1,
+    "cg_param_threshold": 1,
+    "chunk_size": 1,
+    "checkpoint_frequency": 1,
+    "max_retries_per_batch": 0,
+    "callback_frequency": 1,
+    "verbose": 0,
+    "log_frequency": 1,
+    "n_starts": 1,
+    "elimination_rounds": 0,
+    "batches_per_round": 1,
+    "seed": 0,
+    "cache_bytes": 0,
+    "max_passes": 1,
+}
+_POSITIVE = (
+    "loss_plateau_threshold",
+    "gradient_norm_threshold",
+    "lbfgs_initial_step_size",
+    "lbfgs_exploration_step_size",
+    "lbfgs_refinement_step_size",
+    "gradient_clip_value",
+    "warm_start_threshold",
+    "cost_increase_tolerance",
+    "max_warmup_step_size",
+    "gauss_newton_tol",
+    "trust_region_initial",
+    "regularization_factor",
+    "cg_relative_tolerance",
+    "cg_absolute_tolerance",
+    "group_variance_lambda",
+    "scale_factor",
+    "distance_tol",
+    "ftol",
+    "xtol",
+    "gtol",
+    "max_sample_fraction",
+    "max_seconds",
+)
+_BELOW_ONE = ("elimination_fraction",)
+_OPTIONAL = frozenset(
+    "gradient_clip_value chunk_size cache_bytes max_passes max_seconds ftol xtol gtol".split()
+)
+_FLAGS = (
+    "normalize",
+    "enable_warm_start_detection",
+    "enable_adaptive_warmup_lr",
+    "enable_cost_guard",
+    "enable_step_clipping",
+    "enable_group_variance_regularization",
+    "enable_residual_weighting",
+    "enable_checkpoints",
+    "validate_numerics",
+    "enable_fault_tolerance",
+    "enable_multi_device",
+    "enable_multistart",
+    "center_on_p0",
+    "prefetch",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HybridStreamingConfig:
-    """Options of the hybrid fit. Frozen; use `dataclasses.replace` to vary one.
+    """Options of the hybrid fit, by the names of NLSQ where it has them.
+
+    Frozen: vary one with `dataclasses.replace`. `from_mapping` reads a mapping, from YAML say.
 
     Parameters
     ----------
+    normalize : bool
+        Phase 0: scale the parameters for the warmup. False is the strategy "none".
+    normalization_strategy : {"auto", "bounds", "p0", "jacobian", "none"}
+        What the scales are: the distance of the bounds, the size of `p0`, or the column norms of
+        the sample's Jacobian (Moré 1978). "auto" takes the bounds of a parameter where both are
+        finite, else `p0`, each parameter by itself; the scale of a zero `p0` is 1.
+    warmup_iterations : int
+        Phase 1: L-BFGS iterations before the switching criteria are tested.
     max_warmup_iterations : int
-        L-BFGS iterations on the sample, at most, from each start.
+        L-BFGS iterations on the sample, at most, from each start; 0 leaves L-BFGS out.
+    loss_plateau_threshold : float
+        The loss is on a plateau when it falls by less than this share of itself per iteration.
+    gradient_norm_threshold : float
+        Of the loss over the variance of `y`, in normalized space.
+    active_switching_criteria : sequence of {"plateau", "gradient", "max_iter"}
+        What ends L-BFGS. Without "max_iter" the limit still holds, but is not a criterion.
     lbfgs_history_size : int
         Pairs that L-BFGS keeps.
-    num_starts : int
-        Starts scattered around `p0` that are scored on the sample. The best few are refined
-        there; distinct optima compete on all data in the first pass. 0 trusts `p0` alone.
+    lbfgs_initial_step_size, lbfgs_exploration_step_size, lbfgs_refinement_step_size : float
+        Length of the first step, relative to the gradient's: exploration where the relative loss
+        of the start is 1 or more, refinement below 0.1, initial between, and always where
+        `enable_adaptive_warmup_lr` is off.
+    lbfgs_line_search : {"wolfe", "strong_wolfe", "backtracking"}
+        Zoom for the (strong) Wolfe conditions, or backtracking for Armijo's.
+    gradient_clip_value : float, optional
+        Longest gradient that L-BFGS is given, in normalized space.
+    enable_warm_start_detection, warm_start_threshold
+        Defence layer 1: no L-BFGS from `p0` where its loss over the variance of `y` is below.
+    enable_adaptive_warmup_lr : bool
+        Defence layer 2: first step by how good the start is.
+    enable_cost_guard, cost_increase_tolerance
+        Defence layer 3: L-BFGS ends where the loss exceeds the start's by this share.
+    enable_step_clipping, max_warmup_step_size
+        Defence layer 4: longest L-BFGS step, in normalized space.
     gauss_newton_max_iterations : int
-        Trials over all data, at most.
+        Phase 2: trials over all data, at most.
+    gauss_newton_tol : float
+        Beside `distance_tol`: the largest cosine between the residuals and the tangent plane of
+        the model at which a fit has converged. It asks for more than `distance_tol` where there
+        are fewer than ``(distance_tol / gauss_newton_tol)²`` rows.
     trust_region_initial : float
         First radius, as a multiple of the scaled length of the start (Moré 1978).
+    regularization_factor : float
+        Of the diagonal of the preconditioner of conjugate gradients, added to it.
+    cg_max_iterations, cg_relative_tolerance, cg_absolute_tolerance
+        Conjugate gradients, in each trial of a fit with many parameters: products (each a pass),
+        and the residual of the Newton system, relative and in units of the preconditioner.
+    cg_param_threshold : int
+        Free parameters from which no n x n matrix is formed and conjugate gradients are used.
+    enable_group_variance_regularization : bool
+        Add ``½ λ m Σ Var(group)`` to the cost, over groups of parameters, in original units.
+    group_variance_lambda : float
+        ``λ``.
+    group_variance_indices : sequence of (start, end), optional
+        The groups: slices of the parameter vector.
+    enable_residual_weighting : bool
+        Weight the squared residuals by group; the group of a row is the integer in the first
+        independent variable.
+    residual_weights : sequence of float, optional
+        The weight of each group; 0 leaves a group out.
+    chunk_size : int, optional
+        Rows that a kernel call handles at once, at most. Unset, it follows the store's chunks.
+    enable_checkpoints, checkpoint_frequency, checkpoint_dir
+        Write the state to a file in this folder, at every accepted trial and after so many
+        warmup iterations. Without a folder nothing is written.
+    resume_from_checkpoint : str, optional
+        Path of a checkpoint to continue from.
+    validate_numerics : bool
+        Name the chunks in which sums are not finite. Without it they are still never accepted.
+    enable_fault_tolerance, max_retries_per_batch
+        How often a failed task of a pass is tried again.
+    enable_multi_device : bool
+        The local devices of a process share each leaf.
+    callback_frequency : int
+        Warmup iterations between calls of the callback; trials over all data always call.
+    verbose : {0, 1, 2}
+        What is logged: nothing, passes, also the warmup.
+    log_frequency : int
+        Passes between log lines.
+    enable_multistart, n_starts, multistart_sampler, elimination_rounds, elimination_fraction
+        A tournament on the sample between `n_starts` starts from `scipy.stats.qmc` and `p0`: in
+        each round this share is eliminated, on more rows than in the last.
+    batches_per_round : int
+        Batches of 256 rows that candidates are compared on in the first round; twice as many in
+        each that follows.
+    center_on_p0, scale_factor
+        Starts are drawn around `p0` instead of between the bounds; the box is `scale_factor`
+        times as wide.
+    precision : {"float64", "mixed", "float32"}
+        Of the passes over all data. "mixed" takes derivatives in float32, residuals and sums in
+        float64; both lower ones move to float64 by themselves where they fail.
+    seed : int
+        Seeds the sample and the starts; recorded in the result.
     distance_tol : float
-        Stop once the estimated distance to the minimum is below this many standard errors,
-        in every direction that the data determine.
+        Stop once the estimated distance to the minimum is below this many standard errors, in
+        every direction that the data determine.
     ftol, xtol, gtol : float, optional
         MINPACK's tests. Unset, they do not act: at many rows they are not scale-free.
     max_sample_fraction : float
         Share of the rows that the sample may hold (all of them below 50,000 rows).
-    chunk_size : int, optional
-        Rows that a kernel call handles at once, at most. Unset, it follows the store's chunks.
     cache_bytes : int, optional
         Decoded chunks that each process keeps between passes; 0 keeps none. Unset, up to
         40 % of the process's memory limit.
@@ -44,64 +218,276 @@ class HybridStreamingConfig:
         Passes over all data, at most.
     max_seconds : float, optional
         Wall time after which no further pass is started.
-    seed : int
-        Seeds the sample and the starts; recorded in the result.
 
     Raises
     ------
     ValueError
         If a value is out of range; the message names it.
+    TypeError
+        If a name is unknown, or one of NLSQ's that has no meaning here: the message says why.
     """
 
+    normalize: bool = True
+    normalization_strategy: str = "auto"
+
+    warmup_iterations: int = 200
     max_warmup_iterations: int = 500
+    loss_plateau_threshold: float = 1e-4
+    gradient_norm_threshold: float = 1e-3
+    active_switching_criteria: tuple[str, ...] = _CRITERIA
     lbfgs_history_size: int = 10
-    num_starts: int = 64
+    lbfgs_initial_step_size: float = 0.1
+    lbfgs_line_search: str = "wolfe"
+    lbfgs_exploration_step_size: float = 0.1
+    lbfgs_refinement_step_size: float = 1.0
+    gradient_clip_value: float | None = None
+
+    enable_warm_start_detection: bool = True
+    warm_start_threshold: float = 0.01
+    enable_adaptive_warmup_lr: bool = True
+    enable_cost_guard: bool = True
+    cost_increase_tolerance: float = 0.05
+    enable_step_clipping: bool = True
+    max_warmup_step_size: float = 0.1
+
     gauss_newton_max_iterations: int = 100
+    gauss_newton_tol: float = 1e-8
     trust_region_initial: float = 1.0
+    regularization_factor: float = 1e-10
+
+    cg_max_iterations: int = 100
+    cg_relative_tolerance: float = 1e-4
+    cg_absolute_tolerance: float = 1e-10
+    cg_param_threshold: int = 2000
+
+    enable_group_variance_regularization: bool = False
+    group_variance_lambda: float = 0.01
+    group_variance_indices: tuple[tuple[int, int], ...] | None = None
+    enable_residual_weighting: bool = False
+    residual_weights: tuple[float, ...] | None = None
+
+    chunk_size: int | None = None
+
+    enable_checkpoints: bool = True
+    checkpoint_frequency: int = 100
+    checkpoint_dir: str | None = None
+    resume_from_checkpoint: str | None = None
+
+    validate_numerics: bool = True
+    enable_fault_tolerance: bool = True
+    max_retries_per_batch: int = 2
+    enable_multi_device: bool = False
+
+    callback_frequency: int = 10
+    verbose: int = 1
+    log_frequency: int = 1
+
+    enable_multistart: bool = False
+    n_starts: int = 10
+    multistart_sampler: str = "lhs"
+    elimination_rounds: int = 3
+    elimination_fraction: float = 0.5
+    batches_per_round: int = 50
+    center_on_p0: bool = True
+    scale_factor: float = 1.0
+
+    precision: Precision = "float64"
+    seed: int = 0
     distance_tol: float = 1e-6
     ftol: float | None = None
     xtol: float | None = None
     gtol: float | None = None
     max_sample_fraction: float = 0.01
-    chunk_size: int | None = None
     cache_bytes: int | None = None
     prefetch: bool = True
     max_passes: int | None = None
     max_seconds: float | None = None
-    seed: int = 0
+
+    def __new__(cls, *args: object, **options: object) -> Self:
+        """Explain names that are not options, before the dataclass merely refuses them."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(_unknown_option(name, known))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("max_warmup_iterations", "num_starts", "seed"):
-            self._require_int(name, minimum=0)
-        for name in ("lbfgs_history_size", "gauss_newton_max_iterations"):
-            self._require_int(name, minimum=1)
-        for name, minimum in (("chunk_size", 1), ("cache_bytes", 0), ("max_passes", 1)):
-            if getattr(self, name) is not None:
-                self._require_int(name, minimum=minimum)
-        for name in ("trust_region_initial", "distance_tol", "max_sample_fraction"):
+        for name, smallest in _INTEGERS.items():
+            self._require_int(name, smallest)
+        for name in (*_POSITIVE, *_BELOW_ONE):
             self._require_positive(name)
-        for name in ("ftol", "xtol", "gtol", "max_seconds"):
-            if getattr(self, name) is not None:
-                self._require_positive(name)
-        if self.max_sample_fraction > 1:
-            raise ValueError(
-                f"`max_sample_fraction` must be at most 1, got {self.max_sample_fraction!r}"
-            )
-        if not isinstance(self.prefetch, bool):
-            raise ValueError(f"`prefetch` must be True or False, got {self.prefetch!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("max_sample_fraction", *_BELOW_ONE):
+            if getattr(self, name) > 1:
+                raise ValueError(f"`{name}` must be at most 1, got {getattr(self, name)!r}")
+        if self.verbose > 2:
+            raise ValueError(f"`verbose` must be 0, 1 or 2, got {self.verbose!r}")
+        for name in ("checkpoint_dir", "resume_from_checkpoint"):
+            self._set_path(name)
+        self._set_criteria()
+        self._set_groups()
+        self._set_weights()
 
-    def _require_int(self, name: str, *, minimum: int) -> None:
+    def _require_int(self, name: str, smallest: int) -> None:
         value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-        if not is_integer or value < minimum:
-            raise ValueError(f"`{name}` must be an integer >= {minimum}, got {value!r}")
+        if not is_integer or value < smallest:
+            raise ValueError(f"`{name}` must be an integer >= {smallest}, got {value!r}")
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value <= 0:
             raise ValueError(f"`{name}` must be a positive finite number, got {value!r}")
 
-    def as_dict(self) -> dict[str, int | float | bool | None]:
-        """The options by name, for the record in a result."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _set_path(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not isinstance(value, str) and not hasattr(value, "__fspath__"):
+            raise ValueError(f"`{name}` must be a path, got {value!r}")
+        self._set(name, str(value))
+
+    def _set_criteria(self) -> None:
+        given: Any = self.active_switching_criteria
+        names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+        if not names or any(name not in _CRITERIA for name in names):
+            raise ValueError(
+                f"`active_switching_criteria` must name some of {list(_CRITERIA)}, got {given!r}"
+            )
+        self._set("active_switching_criteria", names)
+
+    def _set_groups(self) -> None:
+        given: Any = self.group_variance_indices
+        if given is None:
+            if self.enable_group_variance_regularization:
+                raise ValueError(
+                    "`group_variance_indices` must be given with "
+                    "`enable_group_variance_regularization`, got None"
+                )
+            return
+        pairs = _pairs_of_integers(given)
+        if not pairs or any(not 0 <= start < end for start, end in pairs):
+            raise ValueError(
+                "`group_variance_indices` must be (start, end) slices of the parameter vector with "
+                f"0 <= start < end, got {given!r}"
+            )
+        self._set("group_variance_indices", pairs)
+
+    def _set_weights(self) -> None:
+        given: Any = self.residual_weights
+        if given is None:
+            if self.enable_residual_weighting:
+                raise ValueError(
+                    "`residual_weights` must be given with `enable_residual_weighting`, got None"
+                )
+            return
+        values = list(given) if hasattr(given, "__iter__") and not isinstance(given, str) else []
+        usable = all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in values)
+        if not values or not usable or not any(values):
+            raise ValueError(
+                "`residual_weights` must be finite, not negative and not all zero, one for each "
+                f"group, got {given!r}"
+            )
+        self._set("residual_weights", tuple(float(v) for v in values))
+
+    # -- other forms
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """Options from a mapping of plain values, as YAML and JSON have them.
+
+        Raises
+        ------
+        TypeError
+            If `options` is no mapping, or has a name that is no option.
+        ValueError
+            If a value is out of range.
+        """
+        if not isinstance(options, Mapping):
+            raise TypeError(f"`options` must be a mapping of options by name, got {options!r}")
+        return cls(**{str(name): value for name, value in options.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name, of plain values: what `from_mapping` reads."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    # -- presets, each with `overrides`
+
+    @classmethod
+    def aggressive(cls, **overrides: Any) -> Self:
+        """Sooner out of the warmup, looser tests, larger chunks."""
+        return cls(**{**PRESETS["aggressive"], **overrides})
+
+    @classmethod
+    def conservative(cls, **overrides: Any) -> Self:
+        """Tighter tests, shorter steps, more iterations."""
+        return cls(**{**PRESETS["conservative"], **overrides})
+
+    @classmethod
+    def memory_optimized(cls, **overrides: Any) -> Self:
+        """Small chunks, no cache, matrix-free from 1,000 parameters, derivatives in float32."""
+        return cls(**{**PRESETS["memory_optimized"], **overrides})
+
+    @classmethod
+    def with_multistart(cls, n_starts: int = 10, **overrides: Any) -> Self:
+        """A tournament between `n_starts` starts."""
+        return cls(**{"enable_multistart": True, "n_starts": n_starts, **overrides})
+
+    @classmethod
+    def defense_strict(cls, **overrides: Any) -> Self:
+        """Defence layers for a start that is nearly right."""
+        return cls(**{**PRESETS["defense_strict"], **overrides})
+
+    @classmethod
+    def defense_relaxed(cls, **overrides: Any) -> Self:
+        """Defence layers for a start that is only a guess."""
+        return cls(**{**PRESETS["defense_relaxed"], **overrides})
+
+    @classmethod
+    def defense_disabled(cls, **overrides: Any) -> Self:
+        """No defence layers."""
+        return cls(**{**PRESETS["defense_disabled"], **overrides})
+
+    @classmethod
+    def scientific_default(cls, **overrides: Any) -> Self:
+        """For published numbers: tight tests, many iterations, checkpoints."""
+        return cls(**{**PRESETS["scientific_default"], **overrides})
+
+
+def _unknown_option(name: str, known: Sequence[str]) -> str:
+    reason = _DROPPED.get(name, _FIRST_ORDER if name.startswith(_DROPPED_PREFIX) else None)
+    if reason is not None:
+        return f"`{name}` is not an option any more: it {reason}"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean `{near[0]}`?" if near else ""
+    return f"`{name}` is not an option of HybridStreamingConfig{hint}"
+
+
+def _pairs_of_integers(given: Any) -> tuple[tuple[int, int], ...]:
+    """``((start, end), …)``, or nothing where it is something else."""
+    try:
+        pairs = [tuple(pair) for pair in given]
+    except TypeError:
+        return ()
+    if any(len(p) != 2 or any(not isinstance(v, Integral) for v in p) for p in pairs):
+        return ()
+    return tuple((int(start), int(end)) for start, end in pairs)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value

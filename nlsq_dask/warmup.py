@@ -31,6 +31,7 @@ from nlsq_dask.status import Status
 
 __all__ = ["Optimum", "Warmup", "equal_cost", "warm_up"]
 
+_NUM_SCATTERED = 64  # around p0
 _NUM_DESCENTS = 4  # of the scattered starts, beside p0
 _MAX_OPTIMA = 4  # that compete on all data
 _MAX_SAMPLE_ITERATIONS = 1000
@@ -141,7 +142,7 @@ class _Search:
         lower, upper = self._bounds
         size = self._size
         starts = []
-        for _ in range(self._config.num_starts):
+        for _ in range(_NUM_SCATTERED):
             radius = np.exp(rng.uniform(np.log(0.03), np.log(2.0)))
             moved = self._p0 + radius * size * rng.normal(size=len(size))
             # Beyond a bound, somewhere between it and p0.

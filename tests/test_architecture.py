@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # A layer may import those to its left.
 ORDER = [
-    {"_version", "errors", "status", "_typing", "config"},
+    {"_version", "errors", "status", "_typing", "presets"},
+    {"config"},
     {"normal_equations", "telemetry"},
     {"parameters", "model", "sources.base"},
     {"sources.columns", "sources.dask", "sources.grid", "sources.stores"},
