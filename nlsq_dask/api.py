@@ -28,8 +28,8 @@ from nlsq_dask.model import (
     require_jac,
     unwrap_jit,
 )
-from nlsq_dask.optimizer import NanPolicy, fit_problem
 from nlsq_dask.parameters import BoundsLike, ParameterSpace, StartsLike, build_parameter_space
+from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.plan import plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.result import FitResult

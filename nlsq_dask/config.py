@@ -80,8 +80,9 @@ _POSITIVE = (
     "max_seconds",
 )
 _BELOW_ONE = ("elimination_fraction",)
-_OPTIONAL = frozenset(
-    "gradient_clip_value chunk_size cache_bytes max_passes max_seconds ftol xtol gtol".split()
+_OPTIONAL = (
+    *("gradient_clip_value", "chunk_size", "cache_bytes", "max_passes", "max_seconds"),
+    *("ftol", "xtol", "gtol"),
 )
 _FLAGS = (
     "normalize",
@@ -397,7 +398,7 @@ class HybridStreamingConfig:
                 )
             return
         values = list(given) if hasattr(given, "__iter__") and not isinstance(given, str) else []
-        usable = all(isinstance(v, Real) and math.isfinite(v) and v >= 0 for v in values)
+        usable = all(isinstance(v, Real) and math.isfinite(v) and float(v) >= 0 for v in values)
         if not values or not usable or not any(values):
             raise ValueError(
                 "`residual_weights` must be finite, not negative and not all zero, one for each "

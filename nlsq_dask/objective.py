@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from nlsq_dask._typing import Float, Vector
+from nlsq_dask._typing import Array, Float, Vector
 from nlsq_dask.evaluate.base import Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.kernels.build import build_curvature, build_jacobian
+from nlsq_dask.kernels.rows import residual_function
+from nlsq_dask.kernels.tiles import Tile
 from nlsq_dask.normal_equations import Sums
 from nlsq_dask.plan import plan_chunks
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import Evaluation
-from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.base import Chunk, selected_rows
 
 __all__ = ["FullObjective", "SampleObjective"]
 
@@ -63,6 +66,21 @@ class SampleObjective:
                     return None
                 factor = scipy.linalg.qr(np.vstack([factor, jac]), mode="r")[0][:k]
         return next_whitening(factor)
+
+    def traced_cost(self, block: int) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+        """``(params, *data) -> cost`` of one block, for JAX to trace; and that block's data.
+
+        `params` are all `n` parameters.
+        """
+        chunk = self.block(block)
+        model, space = self.problem.model, self.problem.space
+        is_row = selected_rows(chunk)
+
+        def cost(params: Array, y: Array, sigma: Array | None, *x: Array) -> Array:
+            tile = Tile(x=x, y=y, sigma=sigma, is_row=jnp.asarray(is_row), is_wanted=is_row)
+            return 0.5 * jnp.sum(residual_function(model, space, tile)(params) ** 2)
+
+        return cost, (chunk.y, chunk.sigma, *chunk.x)
 
     def costs(self, candidates: Float[np.ndarray, "c k"], blocks: range) -> Vector:
         """The cost at each candidate, without derivatives."""

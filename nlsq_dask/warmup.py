@@ -18,8 +18,6 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.kernels.rows import residual_function
-from nlsq_dask.kernels.tiles import Tile
 from nlsq_dask.objective import SampleObjective
 from nlsq_dask.parameters import strictly_inside
 from nlsq_dask.solvers.lbfgs import LbfgsOptions, build_lbfgs
@@ -243,8 +241,7 @@ class _Descent:
         self, objective: SampleObjective, config: HybridStreamingConfig, blocks: range
     ) -> None:
         self._objective = objective
-        problem = objective.problem
-        space, model = problem.space, problem.model
+        space = objective.problem.space
         self._blocks = blocks
         chunk = objective.block(blocks[0])
         is_row = selected_rows(chunk)
@@ -252,17 +249,16 @@ class _Descent:
         spread = float(np.sum((weighted - np.mean(weighted)) ** 2))
         self._spread = spread if spread > 0 else 1.0
         free = np.flatnonzero(space.is_free)
+        cost, self._data = objective.traced_cost(blocks[0])
 
-        def loss(point: Array, scale: Array, y: Array, sigma: Array | None, *x: Array) -> Array:
+        def loss(point: Array, scale: Array, *data: Array) -> Array:
             params = jnp.asarray(space.p0).at[free].set(point / scale)
-            tile = Tile(x=x, y=y, sigma=sigma, is_row=jnp.asarray(is_row), is_wanted=is_row)
-            return jnp.sum(residual_function(model, space, tile)(params) ** 2) / self._spread
+            return 2 * cost(params, *data) / self._spread
 
         options = LbfgsOptions(
             max_iterations=config.max_warmup_iterations, history_size=config.lbfgs_history_size
         )
         self._minimize = build_lbfgs(loss, options)
-        self._data = (chunk.y, chunk.sigma, *chunk.x)
 
     def run(self, start: Vector, bounds: tuple[Vector, Vector]) -> tuple[Vector, float]:
         """The best point and its loss over the variance of y."""

@@ -33,7 +33,7 @@ ORDER = [
     {"covariance", "objective", "result"},
     {"warmup"},
     {"report"},
-    {"optimizer"},
+    {"phases"},
     {"api", "testing"},
     {""},
     {"cli"},
