@@ -18,6 +18,6 @@ Index: TypeAlias = tuple[slice, ...]
 ModelFunction: TypeAlias = Callable[..., Any]
 
 
-def abstract(shape: Shape, dtype: Any = np.float64) -> jax.ShapeDtypeStruct:
+def abstract(shape: Shape, dtype: Any = np.float64) -> Any:
     """An array that has only a shape and a dtype, to trace with."""
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float, Int
 
-__all__ = ["NormalEquations", "RowSummary", "Sums"]
+__all__ = ["NormalEquations", "RowStatistics", "RowSummary", "ScoreSums", "Sums"]
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +24,8 @@ class NormalEquations:
 
     gram: Float[Array, "k k"]  # (J R⁻¹)ᵀ (J R⁻¹)
     grad: Float[Array, " k"]  # (J R⁻¹)ᵀ r
-    cost: Float[Array, ""]  # ½ Σ r²
+    cost: Float[Array, ""]  # ½ Σ s² ρ((r / s)²)
     num_rows: Int[Array, ""]  # rows with a weight
-    num_invalid: Int[Array, ""]  # rows wanted, but with a value that is not finite
-    num_bad_sigma: Int[Array, ""]  # rows with sigma <= 0
 
     @property
     def is_finite(self) -> bool:
@@ -37,6 +35,19 @@ class NormalEquations:
             and np.all(np.isfinite(self.grad))
             and np.all(np.isfinite(self.gram))
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RowStatistics:
+    """Counts of rows, and moments of the weighted residuals. Additive."""
+
+    num_masked: Int[Array, ""]  # rows without a weight, for whatever reason
+    num_invalid: Int[Array, ""]  # rows wanted, but with a value that is not finite
+    num_bad_sigma: Int[Array, ""]  # rows with sigma <= 0
+    num_stray: Int[Array, ""]  # rows whose group has no weight
+    residual_sum: Float[Array, ""]  # Σ r
+    residual_square: Float[Array, ""]  # Σ r²
 
 
 @jax.tree_util.register_dataclass
@@ -56,12 +67,24 @@ class RowSummary:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class ScoreSums:
+    """The parts of a sandwich covariance, along the same directions as the gram. Additive."""
+
+    meat: Float[Array, "k k"]  # Σ gᵢ gᵢᵀ, with the scores gᵢ = ρ' rᵢ Jᵢ
+    bread: Float[Array, "k k"]  # Σ (ρ' + 2 z ρ'') Jᵢ Jᵢᵀ
+    clusters: Float[Array, "clusters k"] | None = None  # Σ gᵢ over each cluster
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Sums:
     """All that one pass returns. Additive, leaf by leaf of the tree."""
 
     normal: NormalEquations
+    rows: RowStatistics
     rival_costs: Float[Array, " rivals"] | None = None
     summary: RowSummary | None = None
+    scores: ScoreSums | None = None
 
     def __add__(self, other: Sums) -> Sums:
         summed: Sums = jax.tree.map(np.add, self, other)

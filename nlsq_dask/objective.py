@@ -13,32 +13,51 @@ import numpy as np
 import scipy.linalg
 
 from nlsq_dask._typing import Array, Float, Vector
+from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
-from nlsq_dask.kernels.build import build_curvature, build_jacobian
-from nlsq_dask.kernels.rows import residual_function
-from nlsq_dask.kernels.tiles import Tile
-from nlsq_dask.normal_equations import Sums
+from nlsq_dask.evaluate.tree import Bins
+from nlsq_dask.kernels.build import build_linearisation, build_residuals
+from nlsq_dask.kernels.rows import residual_function, row_costs
+from nlsq_dask.kernels.tiles import whole_tile
+from nlsq_dask.normal_equations import NormalEquations, ScoreSums, Sums
+from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import Evaluation
-from nlsq_dask.sources.base import Chunk, selected_rows
+from nlsq_dask.sources.base import Chunk
 
 __all__ = ["FullObjective", "SampleObjective"]
 
 
 class SampleObjective:
-    """The cost on a sample, in this process. Any range of its blocks can be evaluated."""
+    """The cost on a sample, in this process. Any range of its blocks can be evaluated.
+
+    Its scale is the sample's: penalties weigh as much against the rows at hand as they will
+    against all of them.
+    """
 
     def __init__(self, problem: Problem, sample: Sample) -> None:
         plan = plan_chunks(sample.source, problem.space.num_free)
         self.sample = sample
         self.problem = replace(problem, source=sample.source, plan=plan)
+        self.terms = problem.terms(sample.fill)
+        self.num_rows = _num_counting(sample, problem.group_weights)
+        counting = self.num_rows / max(sample.num_rows, 1)
+        self._all_rows = problem.source.num_rows * sample.valid_share * counting
         self._home = ProblemHome(problem=self.problem, cache_bytes=2**62, prefetch=False)
-        self._jacobian = build_jacobian(problem.model, problem.space)
-        self._curvature = build_curvature(problem.model, problem.space, plan.tile_shape)
+        self._linearisation = build_linearisation(self.problem.kernel_spec)
+        self._residuals = build_residuals(self.problem.kernel_spec)
+
+    def with_f_scale(self, f_scale: float) -> SampleObjective:
+        """The same sample under another scale of the loss; nothing is compiled again."""
+        changed = object.__new__(SampleObjective)
+        vars(changed).update(vars(self))
+        changed.problem = replace(self.problem, f_scale=f_scale)
+        changed.terms = changed.problem.terms(self.sample.fill)
+        return changed
 
     def on(self, blocks: range) -> _SampleEvaluate:
         """``(params, whitening) -> Evaluation`` over some of the blocks."""
@@ -48,6 +67,11 @@ class SampleObjective:
         """A block of the sample, padded to the common shape."""
         return self._home.fetch(index)
 
+    def penalty(self, blocks: range) -> PenaltyRows:
+        """The penalty at its weight beside these blocks."""
+        rows = self.num_rows * len(blocks) / len(self.sample.blocks)
+        return self.problem.penalties.rows(rows, share=rows / self._all_rows)
+
     def sums(self, request: Request, blocks: range) -> Sums:
         report = self._home.reduce(blocks, request)
         return functools.reduce(operator.add, report.nodes.values())
@@ -56,29 +80,35 @@ class SampleObjective:
         """R of the QR of the Jacobian on the blocks; None where that is not finite."""
         space = self.problem.space
         k = space.num_free
-        factor = np.zeros((0, k))
-        directions = space.embed(np.eye(k))
+        identity = np.eye(k)
+        factor = self.penalty(blocks).push(space.tangents(params, identity))
         with jax.enable_x64(True):
             for index in blocks:
-                chunk = self.block(index)
-                jac = np.asarray(self._jacobian(space.expand(params), directions, chunk))[:, :-1]
+                jac = np.asarray(
+                    self._linearisation(
+                        space.expand(params), space.embed(identity), self.terms, self.block(index)
+                    )
+                )
                 if not np.isfinite(jac).all():
                     return None
                 factor = scipy.linalg.qr(np.vstack([factor, jac]), mode="r")[0][:k]
         return next_whitening(factor)
 
-    def traced_cost(self, block: int) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+    def traced_cost(self, block: int) -> tuple[Callable[..., Array], tuple[Array | None, ...]]:
         """``(params, *data) -> cost`` of one block, for JAX to trace; and that block's data.
 
         `params` are all `n` parameters.
         """
         chunk = self.block(block)
-        model, space = self.problem.model, self.problem.space
-        is_row = selected_rows(chunk)
+        problem, terms = self.problem, self.terms
+        penalty = self.penalty(range(block, block + 1))
 
         def cost(params: Array, y: Array, sigma: Array | None, *x: Array) -> Array:
-            tile = Tile(x=x, y=y, sigma=sigma, is_row=jnp.asarray(is_row), is_wanted=is_row)
-            return 0.5 * jnp.sum(residual_function(model, space, tile)(params) ** 2)
+            tile = whole_tile(replace(chunk, x=x, y=y, sigma=sigma), terms)
+            residual = residual_function(problem.model, problem.space, tile)(params)
+            on_rows = jnp.sum(row_costs(problem.loss, residual, terms))
+            completed = problem.space.complete(params)
+            return on_rows if problem.penalties.is_empty else on_rows + penalty.cost(completed)
 
         return cost, (chunk.y, chunk.sigma, *chunk.x)
 
@@ -88,32 +118,38 @@ class SampleObjective:
         rivals = np.stack([space.expand(candidate) for candidate in candidates])
         with jax.enable_x64(True):
             each = [
-                np.asarray(self._home.kernels.costs(rivals, self.sample.fill, chunk))
+                np.asarray(self._home.kernels.costs(rivals, self.terms, chunk))
                 for chunk in map(self.block, blocks)
             ]
-        return np.asarray(np.sum(each, axis=0))
+        penalty = self.penalty(blocks)
+        added = np.array([float(penalty.cost(rival)) for rival in rivals])
+        return np.asarray(np.sum(each, axis=0) + added)
+
+    def residuals(self, params: Vector) -> Vector:
+        """Weighted residuals of the sample's rows."""
+        everything = self.problem.space.expand(params)
+        with jax.enable_x64(True):
+            parts = [
+                self._residuals(everything, self.terms, self.block(index))
+                for index in self.sample.blocks
+            ]
+        return np.concatenate([np.asarray(r)[np.asarray(is_row)] for r, is_row in parts])
 
     def curvature(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> np.ndarray:
-        """``Σ r ∇²r`` along the columns of ``R⁻¹``, for all rows, shrunk by its uncertainty.
+        """What Gauss-Newton leaves out of the Hessian, along the columns of ``R⁻¹``.
 
         A sample's own noise enters it √(m / m_s) times stronger than that of all rows would.
         The two halves tell structure from noise: what they do not agree on is left out, by
         James and Stein's factor.
         """
-        space = self.problem.space
+        everything = self.problem.space.expand(params)
         directions = self.problem.directions(whitening)
+        kernel = self._home.kernels.curvature
         halves = []
         with jax.enable_x64(True):
             for blocks in self.sample.halves:
                 parts = [
-                    np.asarray(
-                        self._curvature(
-                            space.expand(params),
-                            directions,
-                            self.sample.fill,
-                            self.block(i),
-                        )
-                    )
+                    np.asarray(kernel(everything, directions, self.terms, self.block(i)))
                     for i in blocks
                 ]
                 halves.append(sum(parts))
@@ -122,6 +158,15 @@ class SampleObjective:
         total, difference = halves[0] + halves[1], halves[0] - halves[1]
         signal, noise = float(np.sum(total**2)), float(np.sum(difference**2))
         return np.asarray(max(0.0, 1.0 - noise / signal) * total if signal > 0 else total)
+
+
+def _num_counting(sample: Sample, group_weights: Sequence[float] | None) -> int:
+    """Rows of the sample whose group has a weight above zero."""
+    if group_weights is None:
+        return sample.num_rows
+    group = sample.source.x[0].read((slice(None),))
+    known = np.flatnonzero(group_weights)
+    return int(np.isin(group, known).sum())
 
 
 @dataclass(frozen=True)
@@ -134,10 +179,34 @@ class _SampleEvaluate:
         request = Request(
             params=problem.space.expand(params),
             directions=problem.directions(whitening),
-            fill=self.objective.sample.fill,
+            terms=self.objective.terms,
         )
         sums = self.objective.sums(request, self.blocks)
-        return Evaluation(params=params, whitening=whitening, normal=sums.normal)
+        penalty = self.objective.penalty(self.blocks)
+        return _with_penalty(problem, penalty, params, whitening, sums.normal)
+
+
+def _with_penalty(
+    problem: Problem,
+    penalty: PenaltyRows,
+    params: Vector,
+    whitening: Float[np.ndarray, "k k"],
+    normal: NormalEquations,
+) -> Evaluation:
+    """Add the penalty's rows to the sums over the data, once."""
+    cost = 0.0
+    if not problem.penalties.is_empty:
+        inverse = np.linalg.solve(whitening, np.eye(len(whitening)))
+        rows = penalty.push(problem.space.tangents(params, inverse))
+        residual = penalty.residual(problem.space.expand(params))
+        cost = 0.5 * float(residual @ residual)
+        normal = replace(
+            normal,
+            gram=normal.gram + rows.T @ rows,
+            grad=normal.grad + rows.T @ residual,
+            cost=normal.cost + cost,
+        )
+    return Evaluation(params=params, whitening=whitening, normal=normal, penalty_cost=cost)
 
 
 @dataclass
@@ -147,7 +216,18 @@ class FullObjective:
     problem: Problem
     evaluator: Evaluator
     sample: SampleObjective
+    precision: Precision = "float64"
     passes: list[Pass] = field(default_factory=list)
+    points: list[Vector] = field(default_factory=list)  # of each pass, all parameters
+    rival_costs: tuple[float, ...] = ()  # of the last call's rivals
+
+    def bins_at(self, params: Vector) -> Bins:
+        """Statistics by chunk from the last pass at these parameters."""
+        everything = self.problem.space.expand(params)
+        for point, done in zip(reversed(self.points), reversed(self.passes), strict=True):
+            if np.array_equal(point, everything):
+                return done.bins
+        return self.passes[-1].bins
 
     def __call__(
         self,
@@ -158,21 +238,51 @@ class FullObjective:
     ) -> Evaluation:
         """One pass; in the first, `rivals` compete by cost and `y` is summarised."""
         space = self.problem.space
-        request = Request(
-            params=space.expand(params),
-            directions=self.problem.directions(whitening),
-            fill=self.sample.sample.fill,
-            rivals=np.stack([space.expand(rival) for rival in rivals]) if len(rivals) else None,
-            center=center,
+        everything = [space.expand(rival) for rival in rivals]
+        done = self._evaluate(
+            self._request(
+                params,
+                whitening,
+                rivals=np.stack(everything) if everything else None,
+                center=center,
+            )
         )
+        normal = done.sums.normal
+        penalty = self.problem.penalties.rows(float(normal.num_rows))
+        if done.sums.rival_costs is not None:
+            self.rival_costs = tuple(
+                float(cost) + float(penalty.cost(rival))
+                for cost, rival in zip(done.sums.rival_costs, everything, strict=True)
+            )
+        evaluation = _with_penalty(self.problem, penalty, params, whitening, normal)
+        share = float(normal.num_rows) / max(self.sample.num_rows, 1)
+        return replace(evaluation, curvature=share * self.sample.curvature(params, whitening))
+
+    def scores(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> ScoreSums:
+        """The parts of a sandwich covariance: one pass, always in float64."""
+        request = replace(self._request(params, whitening), with_scores=True, precision="float64")
+        scores = self._evaluate(request).sums.scores
+        assert scores is not None
+        return scores
+
+    def _request(
+        self,
+        params: Vector,
+        whitening: Float[np.ndarray, "k k"],
+        rivals: Float[np.ndarray, "rivals n"] | None = None,
+        center: float | None = None,
+    ) -> Request:
+        return Request(
+            params=self.problem.space.expand(params),
+            directions=self.problem.directions(whitening),
+            terms=self.sample.terms,
+            rivals=rivals,
+            center=center,
+            precision=self.precision,
+        )
+
+    def _evaluate(self, request: Request) -> Pass:
         done = self.evaluator.evaluate(request)
         self.passes.append(done)
-        normal = done.sums.normal
-        curvature = self.sample.curvature(params, whitening)
-        rows = self.sample.sample.num_rows
-        return Evaluation(
-            params=params,
-            whitening=whitening,
-            normal=normal,
-            curvature=curvature * (float(normal.num_rows) / rows),
-        )
+        self.points.append(np.asarray(request.params))
+        return done

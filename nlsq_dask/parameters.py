@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import Bounds
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import LengthError
+from nlsq_dask.ties import Tie, order_ties
 
 __all__ = ["BoundsLike", "ParameterSpace", "StartsLike", "build_parameter_space", "strictly_inside"]
 
@@ -29,6 +32,7 @@ class ParameterSpace:
     lower: Float[np.ndarray, " n"]
     upper: Float[np.ndarray, " n"]
     is_free: Bool[np.ndarray, " n"]
+    ties: tuple[Tie, ...] = ()  # each after those that it depends on
 
     @property
     def size(self) -> int:
@@ -51,14 +55,34 @@ class ParameterSpace:
     def free_bounds(self) -> tuple[Vector, Vector]:
         return self.lower[self.is_free], self.upper[self.is_free]
 
-    def unflatten(self, params: Float[Array, " n"]) -> tuple[Array, ...]:
-        """One array for each named parameter, in the shape that the model expects."""
+    @property
+    def is_tied(self) -> Bool[np.ndarray, " n"]:
+        tied = np.zeros(self.size, bool)
+        for tie in self.ties:
+            tied[self.slice_of(tie.parameter)] = True
+        return tied
+
+    def slice_of(self, name: str) -> slice:
+        """Where a named parameter is in the flat vector."""
         sizes = [math.prod(shape) for shape in self.shapes]
-        ends = np.cumsum(sizes)
-        return tuple(
-            params[int(end) - size : int(end)].reshape(shape)
-            for size, end, shape in zip(sizes, ends, self.shapes, strict=True)
-        )
+        position = self.names.index(name)
+        start = sum(sizes[:position])
+        return slice(start, start + sizes[position])
+
+    def unflatten(self, params: Float[Array, " n"]) -> tuple[Array, ...]:
+        """One array for each named parameter, in the shape that the model expects.
+
+        Tied ones are computed from the others, whatever `params` has in their place, so that
+        derivatives by the others go through the ties.
+        """
+        values = {
+            name: params[self.slice_of(name)].reshape(shape)
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        }
+        for tie in self.ties:
+            shape = values[tie.parameter].shape
+            values[tie.parameter] = jnp.broadcast_to(jnp.asarray(tie(values)), shape)
+        return tuple(values.values())
 
     def beside(self, params: Float[np.ndarray, " n"], seed: int) -> Float[np.ndarray, " n"]:
         """A point a tenth away in every parameter, within the bounds."""
@@ -69,16 +93,37 @@ class ParameterSpace:
         return np.where(self.is_free, np.maximum(moved, self.lower), params)
 
     def expand(self, free: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
-        """All parameters, given the free ones; the fixed ones stay at `p0`."""
+        """All parameters, given the free ones; fixed ones stay at `p0`, tied ones follow."""
         params = self.p0.copy()
         params[self.is_free] = free
-        return params
+        if not self.ties:
+            return params
+        with jax.enable_x64(True):
+            return np.asarray(self.complete(params), np.float64)
+
+    def complete(self, params: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The flat vector with tied elements computed from the others."""
+        return jnp.concatenate([jnp.ravel(part) for part in self.unflatten(params)])
 
     def embed(self, columns: Float[np.ndarray, "k j"]) -> Float[np.ndarray, "n j"]:
-        """Directions among the free parameters, as directions among all of them."""
+        """Directions among the free parameters, as directions among all of them.
+
+        Tied rows are zero: ties are part of what is differentiated.
+        """
         directions = np.zeros((self.size, columns.shape[1]))
         directions[self.is_free] = columns
         return directions
+
+    def tangents(
+        self, free: Float[np.ndarray, " k"], columns: Float[np.ndarray, "k j"]
+    ) -> Float[np.ndarray, "n j"]:
+        """How all parameters move along directions among the free ones, ties included."""
+        directions = self.embed(columns)
+        if not self.ties:
+            return directions
+        with jax.enable_x64(True):
+            _, push = jax.linearize(self.complete, jnp.asarray(self.expand(free)))
+            return np.asarray(jax.vmap(push, in_axes=1, out_axes=1)(directions))
 
 
 def build_parameter_space(
@@ -87,6 +132,7 @@ def build_parameter_space(
     p0: StartsLike = None,
     bounds: BoundsLike = None,
     fixed: Iterable[str] = (),
+    ties: Mapping[str, Callable[..., Any]] | None = None,
     start_within: Callable[[Vector, Vector], Vector] | None = None,
 ) -> ParameterSpace:
     """Resolve starts and bounds, given in SciPy's forms or by name, into one flat space.
@@ -105,6 +151,8 @@ def build_parameter_space(
         SciPy's two sequences over the flat vector.
     fixed : iterable of str
         Parameters held at their start.
+    ties : mapping, optional
+        Parameters that are functions of others: see `nlsq_dask.ties`.
     start_within : callable, optional
         ``(lower, upper) -> start`` for parameters given nowhere; 1 clipped into the bounds
         by default.
@@ -117,7 +165,12 @@ def build_parameter_space(
     """
     if not names:
         raise ValueError("`model` must have at least one parameter besides its variables")
+    held = _held_names(fixed)
+    taken = {"p0": p0, "bounds": bounds}
+    named = {key: value for key, value in taken.items() if isinstance(value, Mapping)}
+    ordered = order_ties(ties, names, {**named, "fixed": held})
     starts, given = _resolve_starts(names, defaults, p0)
+    starts = _follow(names, starts, ordered)
     shapes = tuple(start.shape for start in starts)
     flat = np.concatenate([start.ravel() for start in starts])
     is_given = np.concatenate(
@@ -126,7 +179,8 @@ def build_parameter_space(
     lower, upper = _resolve_bounds(names, shapes, bounds)
     chosen = np.clip(1.0, lower, upper) if start_within is None else start_within(lower, upper)
     flat = np.where(is_given, flat, chosen)
-    is_fixed = _resolve_fixed(names, shapes, fixed)
+    is_fixed = _resolve_fixed(names, shapes, held)
+    is_fixed |= _resolve_fixed(names, shapes, tuple(tie.parameter for tie in ordered))
     outside = ((flat < lower) | (flat > upper)) & ~is_fixed
     space = ParameterSpace(
         names=tuple(names),
@@ -135,6 +189,7 @@ def build_parameter_space(
         lower=lower,
         upper=upper,
         is_free=~is_fixed,
+        ties=ordered,
     )
     if outside.any():
         worst = int(np.flatnonzero(outside)[0])
@@ -144,7 +199,17 @@ def build_parameter_space(
         )
     if is_fixed.all():
         raise ValueError(f"`fixed` must leave a parameter free, got all of {list(names)}")
-    return space
+    return replace(space, p0=space.expand(space.p0[space.is_free])) if ordered else space
+
+
+def _follow(names: Sequence[str], starts: Sequence[Vector], ties: Sequence[Tie]) -> list[Vector]:
+    """Starts, with those of tied parameters computed: they have the shapes that ties give."""
+    values: dict[str, Any] = dict(zip(names, starts, strict=True))
+    for tie in ties:
+        with jax.enable_x64(True):
+            value = np.asarray(tie(values))
+        values[tie.parameter] = _finite_array(f"ties[{tie.parameter!r}]", value)
+    return list(values.values())
 
 
 def _resolve_starts(
@@ -271,12 +336,15 @@ def _require_ordered(
         )
 
 
-def _resolve_fixed(
-    names: Sequence[str], shapes: Sequence[Shape], fixed: Iterable[str]
-) -> Bool[np.ndarray, " n"]:
+def _held_names(fixed: Iterable[str]) -> tuple[str, ...]:
     if not isinstance(fixed, Iterable):
         raise TypeError(f"`fixed` must be names of parameters, got {fixed!r}")
-    held = (fixed,) if isinstance(fixed, str) else tuple(fixed)
+    return (fixed,) if isinstance(fixed, str) else tuple(fixed)
+
+
+def _resolve_fixed(
+    names: Sequence[str], shapes: Sequence[Shape], held: Sequence[str]
+) -> Bool[np.ndarray, " n"]:
     _require_known("fixed", held, names)
     return np.concatenate(
         [np.full(math.prod(shape), name in held) for name, shape in zip(names, shapes, strict=True)]

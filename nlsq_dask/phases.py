@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from nlsq_dask._typing import Vector
-from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.config import HybridStreamingConfig, Precision
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.model import check_elementwise
+from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.objective import FullObjective, SampleObjective
 from nlsq_dask.problem import Problem
 from nlsq_dask.report import Course, Gate, build_result
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample, draw_sample
+from nlsq_dask.scale import estimate_f_scale
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
@@ -31,6 +33,8 @@ __all__ = ["NanPolicy", "fit_problem"]
 
 NanPolicy = Literal["omit", "raise"]
 _LOGGER = logging.getLogger("nlsq_dask")
+# Above it, derivatives in float32 bias the answer (2.5e-3 standard errors at 4e5).
+_MIXED_CONDITION = 1e3
 
 
 def fit_problem(
@@ -68,6 +72,7 @@ class _Fit:
         self._config = config
         self._nan_policy = nan_policy
         self._callback = callback
+        self._data_square = 0.0
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._history: list[IterationRecord] = []
@@ -77,19 +82,23 @@ class _Fit:
         sample = self._timed("sample", self._draw)
         self._check_model(sample)
         on_sample = SampleObjective(self._problem, sample)
-        square = _data_square(sample)
-        tolerances = self._tolerances(square)
+        self._data_square = _data_square(sample)
+        on_sample = self._timed("scale", lambda: self._with_scale(on_sample))
+        tolerances = self._tolerances(self._data_square)
         warmup = self._timed("warmup", lambda: warm_up(on_sample, self._config, tolerances))
-        full = FullObjective(problem=self._problem, evaluator=self._evaluator, sample=on_sample)
-        solver = TrustRegion(
-            bounds=self._problem.space.free_bounds,
-            tolerances=self._tolerances(square * self._problem.source.num_rows / sample.num_rows),
-            initial_radius=self._config.trust_region_initial,
+        full = FullObjective(
+            problem=self._problem,
+            evaluator=self._evaluator,
+            sample=on_sample,
+            precision=self._config.precision,
         )
         start = time.perf_counter()
-        state, gate = self._gate(full, solver, warmup, sample.center)
-        state = minimize(full, solver, state, lambda state: self._after_pass(full, state))
+        state, gate = self._gate(full, warmup, sample.center)
+        state, lowered = self._descend(full, state)
         self._seconds["passes"] = time.perf_counter() - start
+        scores = self._timed("scores", lambda: self._scores(full, state))
+        free0 = self._problem.space.p0[self._problem.space.is_free]
+        start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
         self._seconds["total"] = time.perf_counter() - self._started
         _LOGGER.info("%s", state.status.value)
         course = Course(
@@ -103,8 +112,28 @@ class _Fit:
             memory=memory,
             history=tuple(self._history),
             seconds=self._seconds,
+            scores=scores,
+            left_precision=lowered,
+            start_cost=start_cost,
+            end_cost=end_cost,
         )
         return build_result(course, state)
+
+    def _with_scale(self, on_sample: SampleObjective) -> SampleObjective:
+        """The scale of the loss, as given or from the sample; frozen from here on."""
+        if self._problem.f_scale is not None:
+            return on_sample
+        tolerances = self._tolerances(self._data_square)
+        scale = estimate_f_scale(on_sample, self._config, tolerances)
+        self._problem = replace(self._problem, f_scale=scale)
+        return on_sample.with_f_scale(scale)
+
+    def _scores(self, full: FullObjective, state: State) -> ScoreSums | None:
+        """The extra pass of a sandwich covariance, at the parameters that are returned."""
+        is_usable = state.status is not Status.NOT_FINITE
+        if self._problem.covariance == "classical" or not is_usable:
+            return None
+        return full.scores(state.params, state.whitening)
 
     def _check_model(self, sample: Sample) -> None:
         """See that the model is elementwise, at `p0` and beside it.
@@ -123,10 +152,23 @@ class _Fit:
         self._seconds[phase] = time.perf_counter() - start
         return done
 
+    def _solver(self, full: FullObjective) -> TrustRegion:
+        """The trust region over all rows, at the precision of the passes."""
+        share = self._problem.source.num_rows / full.sample.sample.num_rows
+        tolerances = self._tolerances(self._data_square * share)
+        if full.precision == "float32":
+            tolerances = replace(tolerances, eps=float(np.finfo(np.float32).eps))
+        return TrustRegion(
+            bounds=self._problem.space.free_bounds,
+            tolerances=tolerances,
+            initial_radius=self._config.trust_region_initial,
+        )
+
     def _tolerances(self, data_square: float) -> Tolerances:
         config = self._config
         return Tolerances(
             distance_tol=config.distance_tol,
+            tangent_tol=config.gauss_newton_tol,
             max_iterations=config.gauss_newton_max_iterations,
             ftol=config.ftol,
             xtol=config.xtol,
@@ -162,10 +204,10 @@ class _Fit:
     # -- passes over all data
 
     def _gate(
-        self, full: FullObjective, solver: TrustRegion, warmup: Warmup | None, center: float
+        self, full: FullObjective, warmup: Warmup | None, center: float
     ) -> tuple[State, Gate]:
         """The first pass: linearised at the sample's best optimum, the others by cost alone."""
-        space = self._problem.space
+        space, solver = self._problem.space, self._solver(full)
         if warmup is None:
             params = space.p0[space.is_free]
             state = solver.init(full(params, np.eye(space.num_free), center=center))
@@ -175,7 +217,7 @@ class _Fit:
         evaluation = full(best.params, warmup.whitening, [r.params for r in rivals], center)
         self._check_rows(full)
         state = solver.init(evaluation)
-        costs = [float(evaluation.normal.cost), *self._rival_costs(full)]
+        costs = [float(evaluation.normal.cost), *full.rival_costs]
         optima = [
             {
                 "params": space.expand(optimum.params),
@@ -195,21 +237,46 @@ class _Fit:
         state = solver.init(full(chosen.params, next_whitening(chosen.factor)))
         return self._after_pass(full, state), Gate(optima=optima, switched=True)
 
-    @staticmethod
-    def _rival_costs(full: FullObjective) -> Sequence[float]:
-        costs = full.passes[-1].sums.rival_costs
-        return [] if costs is None else [float(cost) for cost in costs]
+    def _descend(self, full: FullObjective, state: State) -> tuple[State, str]:
+        """The passes to the minimum; in float64 in the end, where fewer digits do not do.
+
+        Returns also why a lower precision was left, if it was.
+        """
+
+        def after(state: State) -> State:
+            after_pass = self._after_pass(full, state)
+            is_running = after_pass.status is Status.RUNNING
+            if is_running and lacks_digits(full.precision, after_pass):
+                return replace(after_pass, status=Status.STALLED)
+            return after_pass
+
+        state = minimize(full, self._solver(full), state, after)
+        reason = lacks_digits(full.precision, state)
+        if not reason:
+            return state, ""
+        _LOGGER.info("Moving to float64: %s.", reason)
+        full.precision = "float64"
+        solver = self._solver(full)
+        start = self._after_pass(full, solver.init(full(state.params, state.whitening)))
+        return minimize(full, solver, start, after), reason
 
     def _check_rows(self, full: FullObjective) -> None:
         """What only a full pass can see in the data."""
         first = full.passes[0]
-        normal = first.sums.normal
-        if int(normal.num_bad_sigma):
+        rows, chunks = first.sums.rows, list(first.offending_leaves)
+        if int(rows.num_bad_sigma):
             raise DataError(
-                f"`sigma` must be positive in every row, got {int(normal.num_bad_sigma):,} rows "
-                f"where it is not, in chunks {list(first.offending_leaves)}"
+                f"`sigma` must be positive in every row, got {int(rows.num_bad_sigma):,} rows "
+                f"where it is not, in chunks {chunks}"
             )
-        self._refuse_invalid(int(normal.num_invalid), "all of")
+        if int(rows.num_stray):
+            variable = self._problem.model.variables[0]
+            raise DataError(
+                f"{variable!r} must hold the number of a group in `residual_weights`, whole and "
+                f"from 0 to {len(self._problem.group_weights or ()) - 1}, got "
+                f"{int(rows.num_stray):,} rows where it does not, in chunks {chunks}"
+            )
+        self._refuse_invalid(int(rows.num_invalid), "all of")
 
     def _after_pass(self, full: FullObjective, state: State) -> State:
         """Record the pass, tell the caller, and see whether the budget allows another."""
@@ -255,6 +322,20 @@ class _Fit:
             bytes_read=last.bytes_read,
             seconds=last.seconds,
         )
+
+
+def lacks_digits(precision: Precision, state: State) -> str:
+    """Why a fit in fewer digits has to go on in float64; nothing where it need not."""
+    if precision == "float64":
+        return ""
+    if state.status is Status.NOT_FINITE or not state.was_finite:
+        return f"a pass in {precision} precision was not finite"
+    if state.status is Status.STALLED:
+        return f"no step lowered the cost in {precision} precision"
+    condition = state.condition_number
+    if precision == "mixed" and condition > _MIXED_CONDITION:
+        return f"the condition number is {condition:.1e}, above {_MIXED_CONDITION:.0e}"
+    return ""
 
 
 def _data_square(sample: Sample) -> float:

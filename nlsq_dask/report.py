@@ -12,8 +12,15 @@ import numpy as np
 
 from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.covariance import Covariance, estimate_covariance
+from nlsq_dask.covariance import (
+    Covariance,
+    estimate_covariance,
+    sandwich,
+    small_sample_factor,
+)
+from nlsq_dask.diagnostics import check_fit, describe_bins
 from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.objective import FullObjective
 from nlsq_dask.problem import Problem
 from nlsq_dask.result import FitResult
@@ -48,6 +55,10 @@ class Course:
     memory: Mapping[str, Any]
     history: tuple[IterationRecord, ...]
     seconds: Mapping[str, float]
+    scores: ScoreSums | None  # of a sandwich covariance
+    left_precision: str  # why a lower precision was left, if it was
+    start_cost: float  # at `p0`, on the sample
+    end_cost: float  # at the parameters found, on the sample
 
     @property
     def bytes_read(self) -> int:
@@ -59,19 +70,23 @@ def build_result(course: Course, state: State) -> FitResult:
     """The result at the best point evaluated, with the covariance of its normal equations."""
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
-    covariance = _covariance(problem, state, num_rows)
+    covariance, warned = _covariance(course, state, num_rows)
     summary = course.full.passes[0].sums.summary
     active = np.zeros(space.size, bool)
     active[space.is_free] = state.active
+    checks, worries = _checks(course, state, covariance)
+    texts = [*_warnings(course, state, covariance.rank), *warned]
     return FitResult(
         popt=space.expand(state.params),
         pcov=covariance.matrix,
         param_names=space.labels,
         shapes=dict(zip(space.names, space.shapes, strict=True)),
         is_free=space.is_free,
+        is_tied=space.is_tied,
         status=state.status,
         details=_details(course, state),
         cost=state.cost,
+        penalty_cost=state.evaluation.penalty_cost,
         num_rows=num_rows,
         num_masked=problem.source.num_rows - num_rows,
         total_sum_of_squares=0.0 if summary is None else summary.total_sum_of_squares,
@@ -83,31 +98,84 @@ def build_result(course: Course, state: State) -> FitResult:
         rank=covariance.rank,
         active=active,
         absolute_sigma=problem.absolute_sigma,
+        loss=problem.loss,
+        f_scale=1.0 if problem.f_scale is None else problem.f_scale,
+        covariance_kind=problem.covariance,
         history=course.history,
-        diagnostics=_diagnostics(course, state, covariance),
+        diagnostics={
+            **_diagnostics(course, state, covariance),
+            "checks": checks,
+            "warnings": texts,
+            "notes": worries,
+        },
     )
 
 
-def _covariance(problem: Problem, state: State, num_rows: int) -> Covariance:
-    space = problem.space
+def _covariance(course: Course, state: State, num_rows: int) -> tuple[Covariance, list[str]]:
+    problem, space = course.problem, course.problem.space
     dof = num_rows - space.num_free
-    variance = 2 * state.cost / dof if dof > 0 else np.inf
+    variance = 2 * state.data_cost / dof if dof > 0 else np.inf
     if problem.absolute_sigma:
         variance = 1.0
     if state.status is Status.NOT_FINITE:
         variance = np.inf
-    return estimate_covariance(state.model.gauss_newton_factor, variance, space)
+    robust, texts = None, []
+    if course.scores is not None:
+        last = course.full.passes[-1].sums.normal
+        inverse = np.linalg.solve(state.whitening, np.eye(space.num_free))
+        penalty = problem.penalties.rows(num_rows).push(space.tangents(state.params, inverse))
+        penalty_gram = penalty.T @ penalty
+        robust, is_clamped = sandwich(
+            course.scores,
+            state.whitening,
+            penalty_gram,
+            np.asarray(last.gram) + penalty_gram,
+            small_sample_factor(problem.covariance, num_rows, space.num_free, problem.num_clusters),
+        )
+        if is_clamped:
+            texts.append(
+                "the loss is concave along a direction at the parameters found, so that the "
+                "sandwich covariance uses the clamped Hessian and may be too small"
+            )
+    factor = state.model.gauss_newton_factor
+    return estimate_covariance(factor, variance, space, state.params, robust), texts
+
+
+def _checks(
+    course: Course, state: State, covariance: Covariance
+) -> tuple[dict[str, Any], list[str]]:
+    space = course.problem.space
+    free_names = [name for name, free in zip(space.labels, space.is_free, strict=True) if free]
+    checks, texts = check_fit(
+        start_cost=course.start_cost,
+        end_cost=course.end_cost,
+        cosines=dict(zip(free_names, map(float, state.cosines), strict=True)),
+        condition_number=covariance.condition_number,
+        rank=covariance.rank,
+        covariance=covariance.matrix,
+        names=space.labels,
+        bins=course.full.bins_at(state.params),
+        is_linear_loss=course.problem.loss == "linear",
+    )
+    return checks.as_dict(), [] if state.status is Status.NOT_FINITE else texts
 
 
 def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[str, Any]:
+    problem = course.problem
     return {
         "evaluator": course.evaluator.description,
-        "plan": asdict(course.problem.plan),
+        "plan": asdict(problem.plan),
         "memory": dict(course.memory),
         "sample": _describe_sample(course.sample, course.warmup),
         "optima": course.gate.optima,
         "switched_at_gate": course.gate.switched,
         "rank_tolerance": covariance.rank_tolerance,
+        "chunks": describe_bins(course.full.bins_at(state.params), problem.source.num_chunks),
+        "precision": {
+            "requested": course.config.precision,
+            "used": course.full.precision,
+            "reason": course.left_precision,
+        },
         "seconds": dict(course.seconds),
         "passes": _describe_passes(course.full),
         "config": course.config.as_dict(),
@@ -115,7 +183,6 @@ def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[s
             "nlsq_dask": __version__,
             "jaxlib": importlib.metadata.version("jaxlib"),
         },
-        "warnings": _warnings(course, state, covariance.rank),
     }
 
 

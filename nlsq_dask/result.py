@@ -33,7 +33,10 @@ class FitResult:
     status : Status
         Why the fit stopped; `success` is whether a convergence test was met.
     cost : float
-        ``½ Σ r²``, with ``r = (model - y) / sigma``.
+        What was minimised: ``½ Σ s² ρ((r / s)²)`` with ``r = √weight (model - y) / sigma`` and
+        ``s = f_scale``, and `penalty_cost`. For the linear loss ``½ Σ r²``.
+    penalty_cost : float
+        The part of priors and group variances.
     num_rows, num_masked : int
         Rows that counted, and rows left out.
     num_passes : int
@@ -61,9 +64,11 @@ class FitResult:
     param_names: tuple[str, ...]
     shapes: dict[str, Shape]
     is_free: np.ndarray
+    is_tied: np.ndarray
     status: Status
     details: str
     cost: float
+    penalty_cost: float
     num_rows: int
     num_masked: int
     total_sum_of_squares: float
@@ -75,6 +80,9 @@ class FitResult:
     rank: int
     active: np.ndarray
     absolute_sigma: bool
+    loss: str
+    f_scale: float
+    covariance_kind: str
     history: tuple[IterationRecord, ...] = field(repr=False)
     diagnostics: dict[str, Any] = field(repr=False)
 
@@ -133,8 +141,8 @@ class FitResult:
 
     @property
     def chi2(self) -> float:
-        """``Σ r²``."""
-        return 2 * self.cost
+        """``Σ r²``; for a robust loss ``Σ s² ρ((r / s)²)``."""
+        return 2 * (self.cost - self.penalty_cost)
 
     @property
     def reduced_chi2(self) -> float:
@@ -202,6 +210,9 @@ class FitResult:
         warnings = self.diagnostics.get("warnings", ())
         if warnings:
             lines += ["", *(f"Warning: {text}" for text in warnings)]
+        notes = self.diagnostics.get("notes", ())
+        if notes:
+            lines += ["", *(f"Note: {text}." for text in notes)]
         return "\n".join(lines)
 
     def _facts(self) -> list[str]:
@@ -219,11 +230,13 @@ class FitResult:
     def _table(self) -> list[str]:
         width = max(9, *(len(name) for name in self.param_names))
         rows = [f"  {'parameter':<{width}}  {'value':>16}  {'std. error':>12}"]
-        for name, value, error, free, held in zip(
-            self.param_names, self.popt, self.perr, self.is_free, self.active, strict=True
+        columns = (self.is_free, self.is_tied, self.active)
+        for name, value, error, free, tied, held in zip(
+            self.param_names, self.popt, self.perr, *columns, strict=True
         ):
-            note = "  (fixed)" if not free else "  (at bound)" if held else ""
-            spread = "" if not free else f"{error:12.4g}"
+            note = "  (at bound)" if held else "  (tied)" if tied else ""
+            note = note if free or tied else "  (fixed)"
+            spread = f"{error:12.4g}" if free or tied else ""
             rows.append(f"  {name:<{width}}  {value:16.9g}  {spread:>12}{note}")
         return rows
 

@@ -39,6 +39,7 @@ class Rows:
     sigma: Float[np.ndarray, " rows"] | None
     num_valid: int
     num_invalid: int
+    num_seen: int
     smallest_sigma: float
     chunk_bytes: int
 
@@ -56,6 +57,7 @@ class Sample:
     num_chunks_read: int
     bytes_read: int
     num_invalid: int  # rows wanted, but with a value that is not finite
+    valid_share: float  # of the rows looked at
     smallest_sigma: float
 
     @property
@@ -108,6 +110,7 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         sigma=sigma,
         num_valid=len(valid),
         num_invalid=int(selected.sum()) - len(valid),
+        num_seen=chunk.y.size if chunk.extent is None else int(np.prod(chunk.extent)),
         smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
         chunk_bytes=chunk.nbytes,
     )
@@ -191,6 +194,7 @@ def _assemble(
         num_chunks_read=len(chosen),
         bytes_read=sum(rows.chunk_bytes for rows in drawn),
         num_invalid=sum(rows.num_invalid for rows in drawn),
+        valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_seen for rows in drawn),
         smallest_sigma=min(rows.smallest_sigma for rows in drawn),
     )
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlsq_dask.kernels.build import build_curvature, build_kernels
+from nlsq_dask.kernels.build import KernelSpec, build_kernels
 from nlsq_dask.kernels.tiles import choose_tile_shape
 from nlsq_dask.model import Model
 from nlsq_dask.parameters import build_parameter_space
 from nlsq_dask.sources.base import Chunk, pad_chunk
+from nlsq_dask.terms import RowTerms
 
 
 def surface(t, z, a, b, c):
@@ -23,7 +24,17 @@ def surface(t, z, a, b, c):
 MODEL = Model(function=surface, variables=("t", "z"), parameters=("a", "b", "c"))
 SPACE = build_parameter_space(("a", "b", "c"), {}, {"a": 2.0, "b": 0.5, "c": 0.3})
 PARAMS = SPACE.p0
-FILL = np.array([0.5, 0.5])
+
+
+def terms_of(*fill: float) -> RowTerms:
+    return RowTerms(fill=np.array(fill), f_scale=np.float64(1.0))
+
+
+def kernels_of(model: Model, space, tile_shape, loss="linear"):
+    return build_kernels(KernelSpec(model=model, space=space, loss=loss, tile_shape=tile_shape))
+
+
+TERMS = terms_of(0.5, 0.5)
 
 
 def dense(chunk: Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,14 +78,16 @@ def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padd
     r, jac, valid = dense(chunk)
     padded_shape = tuple(length + padding for length in chunk.y.shape)
     tile = choose_tile_shape(padded_shape, tile_rows)
-    kernels = build_kernels(MODEL, SPACE, tile)
+    kernels = kernels_of(MODEL, SPACE, tile)
     whitening = np.array([[1.0, 0.3, -0.2], [0.0, 2.0, 0.1], [0.0, 0.0, 0.7]])
     directions = np.linalg.inv(whitening)
     with jax.enable_x64(True):
         padded = pad_chunk(chunk, padded_shape)
-        normal = kernels.normal_equations(PARAMS, directions, FILL, padded)
-        costs = kernels.costs(np.stack([PARAMS, PARAMS]), FILL, padded)
-        summary = kernels.summary(np.asarray(0.25), FILL, padded)
+        normal, rows = kernels.normal_equations(
+            PARAMS, directions, TERMS, padded, precision="float64"
+        )
+        costs = kernels.costs(np.stack([PARAMS, PARAMS]), TERMS, padded)
+        summary = kernels.summary(np.asarray(0.25), TERMS, padded)
     whitened = jac @ directions
     scale = max(1.0, np.abs(r).max(initial=0.0) ** 2 * max(len(r), 1))
     np.testing.assert_allclose(normal.gram, whitened.T @ whitened, rtol=1e-11, atol=1e-12 * scale)
@@ -83,7 +96,10 @@ def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padd
     np.testing.assert_allclose(costs, 0.5 * r @ r, rtol=1e-11)
     assert int(normal.num_rows) == valid.sum()
     wanted = chunk.y.size if chunk.where is None else chunk.where.sum()
-    assert int(normal.num_invalid) == wanted - valid.sum()
+    assert int(rows.num_invalid) == wanted - valid.sum()
+    assert int(rows.num_masked) == chunk.y.size - valid.sum()
+    np.testing.assert_allclose(rows.residual_sum, r.sum(), atol=1e-11 * scale)
+    np.testing.assert_allclose(rows.residual_square, r @ r, rtol=1e-11)
     weight = 1.0 if chunk.sigma is None else chunk.sigma[valid] ** -2
     y = chunk.y[valid].astype(np.float64)
     np.testing.assert_allclose(summary.second, np.sum(weight * (y - 0.25) ** 2), rtol=1e-9)
@@ -102,9 +118,11 @@ def test_masked_rows_never_reach_the_derivative():
         y=np.array([1.0, 3.0, 1.0, 1.0, 1.0]),
         where=np.array([True, True, False, False, True]),
     )
-    kernels = build_kernels(model, space, (5,))
+    kernels = kernels_of(model, space, (5,))
     with jax.enable_x64(True):
-        normal = kernels.normal_equations(space.p0, np.eye(2), np.array([1.0]), chunk)
+        normal, _ = kernels.normal_equations(
+            space.p0, np.eye(2), terms_of(1.0), chunk, precision="float64"
+        )
     assert normal.is_finite
     assert int(normal.num_rows) == 2
 
@@ -124,8 +142,8 @@ def test_curvature_is_the_missing_part_of_the_hessian():
     r = a * s - y
     expected = np.array([[0.0, r @ (x * c)], [r @ (x * c), -a * r @ (x**2 * s)]])
     with jax.enable_x64(True):
-        curvature = build_curvature(model, space, (64,))
-        actual = curvature(space.p0, np.eye(2), np.array([1.0]), Chunk(x=(x,), y=y))
+        curvature = kernels_of(model, space, (64,)).curvature
+        actual = curvature(space.p0, np.eye(2), terms_of(1.0), Chunk(x=(x,), y=y))
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -38,8 +38,6 @@ def make_normal(jac, r):
         grad=jac.T @ r,
         cost=np.float64(0.5 * r @ r),
         num_rows=np.int64(len(r)),
-        num_invalid=np.int64(0),
-        num_bad_sigma=np.int64(0),
     )
 
 

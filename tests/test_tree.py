@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.tree import fold_nodes, split_leaves, sum_range
-from nlsq_dask.normal_equations import NormalEquations, Sums
+from nlsq_dask.evaluate.tree import bin_level, fold_bins, fold_nodes, split_leaves, sum_range
+from nlsq_dask.normal_equations import NormalEquations, RowStatistics, Sums
 
 
 def make_leaf(value: float) -> Sums:
@@ -20,9 +20,15 @@ def make_leaf(value: float) -> Sums:
             grad=np.array([value * 1.1]),
             cost=np.float64(value * 0.3),
             num_rows=np.int64(1),
+        ),
+        rows=RowStatistics(
+            num_masked=np.int64(2),
             num_invalid=np.int64(0),
             num_bad_sigma=np.int64(0),
-        )
+            num_stray=np.int64(0),
+            residual_sum=np.float64(value),
+            residual_square=np.float64(value**2),
+        ),
     )
 
 
@@ -34,18 +40,36 @@ def reference_sum(values: list[float]) -> float:
     return reference_sum(values[:half]) + reference_sum(values[half:])
 
 
-@given(num_leaves=st.integers(1, 200), cuts=st.lists(st.integers(1, 199), max_size=12))
-def test_same_bits_for_any_split(num_leaves, cuts):
+@given(
+    num_leaves=st.integers(1, 200),
+    cuts=st.lists(st.integers(1, 199), max_size=12),
+    level=st.integers(0, 4),
+)
+def test_same_bits_for_any_split(num_leaves, cuts, level):
     values = np.random.default_rng(num_leaves).normal(size=num_leaves) * 1e3
     edges = sorted({0, num_leaves, *(cut for cut in cuts if cut < num_leaves)})
-    nodes = {}
+    nodes, bins = {}, {}
     for start, stop in itertools.pairwise(edges):
-        part = sum_range((i, make_leaf(values[i])) for i in range(start, stop))
+        part, kept = sum_range(((i, make_leaf(values[i])) for i in range(start, stop)), level)
         assert len(part) <= 2 * (stop - start).bit_length()
         nodes |= part
+        bins |= kept
     total = fold_nodes(nodes, num_leaves)
     assert float(total.normal.gram[0, 0]) == reference_sum(list(values))
     assert int(total.normal.num_rows) == num_leaves
+    width = 2**level
+    by_bin = fold_bins(nodes, bins, num_leaves, level)
+    expected = [values[i : i + width] for i in range(0, num_leaves, width)]
+    assert [row[2] for row in by_bin] == [reference_sum(list(part)) for part in expected]
+    assert [row[0] for row in by_bin] == [len(part) for part in expected]
+
+
+@given(num_leaves=st.integers(1, 10**6))
+def test_there_are_enough_bins_and_not_too_many(num_leaves):
+    width = 2 ** bin_level(num_leaves)
+    num_bins = -(-num_leaves // width)
+    assert num_bins <= 1024
+    assert width == 1 or num_bins > 512
 
 
 @given(num_leaves=st.integers(1, 5_000), num_parts=st.integers(1, 40))

@@ -9,11 +9,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from nlsq_dask._typing import Float
-from nlsq_dask.evaluate.tree import Node
+from nlsq_dask.config import Precision
+from nlsq_dask.evaluate.tree import Bin, Bins, Node, bin_level, fold_bins, fold_nodes
 from nlsq_dask.normal_equations import Sums
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.terms import RowTerms
 
-__all__ = ["Evaluator", "Pass", "RangeReport", "Request"]
+__all__ = ["Evaluator", "Pass", "RangeReport", "Request", "fold_reports"]
 
 _Value = TypeVar("_Value")
 
@@ -24,9 +26,11 @@ class Request:
 
     params: Float[np.ndarray, " n"]
     directions: Float[np.ndarray, "n k"]
-    fill: Float[np.ndarray, " variables"]  # where rows without weight are evaluated
+    terms: RowTerms
     rivals: Float[np.ndarray, "rivals n"] | None = None  # cost only
     center: float | None = None  # of the summary of y; None leaves it out
+    with_scores: bool = False  # the parts of a sandwich covariance
+    precision: Precision = "float64"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +38,7 @@ class RangeReport:
     """What one task returns: sums by node of the tree, and how it went."""
 
     nodes: dict[Node, Sums]
+    bins: dict[Node, Bin]
     bytes_read: int
     read_seconds: float  # in the reading thread, beside the computing
     busy_seconds: float
@@ -48,6 +53,7 @@ class Pass:
     """The sums over all rows, and how they came about."""
 
     sums: Sums
+    bins: Bins
     bytes_read: int
     seconds: float
     reports: tuple[RangeReport, ...] = field(default=(), repr=False)
@@ -56,6 +62,14 @@ class Pass:
     def offending_leaves(self) -> tuple[int, ...]:
         """Leaves with values that were refused, or where the model is not finite."""
         return tuple(leaf for report in self.reports for leaf in report.offending_leaves)
+
+
+def fold_reports(reports: Sequence[RangeReport], num_leaves: int) -> tuple[Sums, Bins]:
+    """The sums over all leaves, and the bins, from what the ranges returned."""
+    nodes = {node: sums for report in reports for node, sums in report.nodes.items()}
+    bins = {node: kept for report in reports for node, kept in report.bins.items()}
+    level = bin_level(num_leaves)
+    return fold_nodes(nodes, num_leaves), fold_bins(nodes, bins, num_leaves, level)
 
 
 class Evaluator(Protocol):

@@ -27,11 +27,11 @@ import psutil
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
-from nlsq_dask.evaluate.base import Pass, RangeReport, Request
+from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE, kernel_bytes
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.tree import fold_nodes, split_leaves
+from nlsq_dask.evaluate.tree import bin_level, split_leaves
 from nlsq_dask.evaluate.worker import (
     JAXLIB_VERSION,
     BlockTask,
@@ -91,6 +91,7 @@ class ClusterEvaluator:
         self._problem = problem
         self._token = uuid.uuid4().hex[:12]
         self._num_passes = 0
+        self._retries = config.max_retries_per_batch if config.enable_fault_tolerance else 0
         workers = _workers(client)
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
         self._num_threads = max(w["nthreads"] for w in workers.values())
@@ -214,9 +215,10 @@ class ClusterEvaluator:
         finally:
             for future in futures:
                 future.release()
-        nodes = {node: sums for report in reports for node, sums in report.nodes.items()}
+        sums, bins = fold_reports(reports, self._problem.source.num_chunks)
         return Pass(
-            sums=fold_nodes(nodes, self._problem.source.num_chunks),
+            sums=sums,
+            bins=bins,
             bytes_read=self._bytes_read(reports),
             seconds=time.perf_counter() - start,
             reports=tuple(reports),
@@ -244,7 +246,7 @@ class ClusterEvaluator:
                     self._futures_of(leaves) if self._blocks else None,
                     key=f"nlsq-pass-{self._num_passes}-{leaves.start}:{leaves.stop}-{self._token}",
                     pure=False,
-                    retries=2,
+                    retries=self._retries,
                     workers=[owner],
                     allow_other_workers=True,
                 )
@@ -278,7 +280,7 @@ class ClusterEvaluator:
                 )
                 for i in indices
             ]
-            return self._gather(self._client.compute(calls, retries=2))
+            return self._gather(self._client.compute(calls, retries=self._retries))
         owners = self._owners()
         futures = []
         for i in indices:
@@ -293,7 +295,7 @@ class ClusterEvaluator:
                     None,
                     key=f"{label}-{i}",
                     pure=False,
-                    retries=2,
+                    retries=self._retries,
                     workers=[owner],
                     allow_other_workers=True,
                 )
@@ -372,10 +374,12 @@ class ClusterEvaluator:
         )
         reports = reduced.to_delayed().ravel()
         merged = [
-            dask.delayed(merge_reports, pure=False)([reports[leaf] for leaf in leaves])
+            dask.delayed(merge_reports, pure=False)(
+                [reports[leaf] for leaf in leaves], bin_level(source.num_chunks)
+            )
             for leaves in self._ownership.ranges
         ]
-        futures: list[Any] = self._client.compute(merged, retries=2)
+        futures: list[Any] = self._client.compute(merged, retries=self._retries)
         return futures
 
 

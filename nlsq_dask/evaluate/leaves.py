@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from nlsq_dask.evaluate.base import RangeReport, Request
-from nlsq_dask.evaluate.tree import sum_range
+from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
 from nlsq_dask.normal_equations import Sums
 from nlsq_dask.problem import Problem
@@ -47,9 +47,7 @@ class ProblemHome:
     _compiled: set[tuple[object, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.kernels = build_kernels(
-            self.problem.model, self.problem.space, self.problem.plan.tile_shape
-        )
+        self.kernels = build_kernels(self.problem.kernel_spec)
 
     def retain(self, owned: Sequence[range]) -> None:
         """Drop the chunks that another process owns now."""
@@ -77,9 +75,10 @@ class ProblemHome:
                     offending.append(index)
                 yield index, sums
 
-        nodes = sum_range(each())
+        nodes, bins = sum_range(each(), bin_level(self.problem.source.num_chunks))
         return RangeReport(
             nodes=nodes,
+            bins=bins,
             bytes_read=meter.bytes_read,
             read_seconds=meter.read_seconds,
             busy_seconds=time.perf_counter() - start,
@@ -90,16 +89,24 @@ class ProblemHome:
         )
 
     def _evaluate(self, chunk: Chunk, request: Request, meter: _Meter) -> Sums:
-        fill = request.fill
+        params, directions, terms = request.params, request.directions, request.terms
+        kernels = self.kernels
         # Other processes never saw the client's setting, and the setting is the thread's own.
         with jax.enable_x64(True), self._compiling_once(chunk, request, meter):
-            normal = self.kernels.normal_equations(request.params, request.directions, fill, chunk)
-            rivals = summary = None
+            normal, rows = kernels.normal_equations(
+                params, directions, terms, chunk, precision=request.precision
+            )
+            rivals = summary = scores = None
             if request.rivals is not None:
-                rivals = self.kernels.costs(request.rivals, fill, chunk)
+                rivals = kernels.costs(request.rivals, terms, chunk)
             if request.center is not None:
-                summary = self.kernels.summary(np.asarray(request.center, np.float64), fill, chunk)
-            sums = Sums(normal=normal, rival_costs=rivals, summary=summary)
+                summary = kernels.summary(np.asarray(request.center, np.float64), terms, chunk)
+            if request.with_scores:
+                num_clusters = self.problem.num_clusters
+                scores = kernels.scores(params, directions, terms, chunk, num_clusters=num_clusters)
+            sums = Sums(
+                normal=normal, rows=rows, rival_costs=rivals, summary=summary, scores=scores
+            )
             fetched: Sums = jax.device_get(sums)
             return fetched
 
@@ -110,11 +117,13 @@ class ProblemHome:
             jax.tree.structure(chunk),
             *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(chunk)),
         )
-        needed = {("normal equations", shapes)}
+        needed = {(f"normal equations in {request.precision}", shapes)}
         if request.rivals is not None:
             needed.add((f"costs of {len(request.rivals)}", shapes))
         if request.center is not None:
             needed.add(("summary", shapes))
+        if request.with_scores:
+            needed.add(("scores", shapes))
         if needed <= self._compiled:
             yield
             return
@@ -174,8 +183,9 @@ class _Meter:
 
 
 def _is_offending(sums: Sums) -> bool:
-    normal = sums.normal
-    return bool(not normal.is_finite or normal.num_bad_sigma or normal.num_invalid)
+    rows = sums.rows
+    refused = rows.num_bad_sigma or rows.num_invalid or rows.num_stray
+    return bool(not sums.normal.is_finite or refused)
 
 
 def peak_memory_bytes() -> int:

@@ -15,13 +15,14 @@ import psutil
 
 from nlsq_dask._typing import abstract
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.evaluate.base import Pass, Request
+from nlsq_dask.evaluate.base import Pass, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
-from nlsq_dask.evaluate.tree import fold_nodes, split_leaves
+from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.terms import RowTerms
 
 __all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory", "kernel_bytes"]
 
@@ -74,9 +75,10 @@ class LocalEvaluator:
                 reports = list(
                     threads.map(lambda leaves: self._home.reduce(leaves, request), ranges)
                 )
-        nodes = {node: sums for report in reports for node, sums in report.nodes.items()}
+        sums, bins = fold_reports(reports, num_leaves)
         return Pass(
-            sums=fold_nodes(nodes, num_leaves),
+            sums=sums,
+            bins=bins,
             bytes_read=sum(report.bytes_read for report in reports),
             seconds=time.perf_counter() - start,
             reports=tuple(reports),
@@ -135,11 +137,12 @@ def kernel_bytes(home: ProblemHome) -> int:
     k = problem.space.num_free
     shapes = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template)
     with jax.enable_x64(True):
-        lowered = jax.jit(home.kernels.normal_equations).lower(
+        lowered = jax.jit(home.kernels.normal_equations, static_argnames="precision").lower(
             abstract((problem.space.size,)),
             abstract((problem.space.size, k)),
-            abstract((len(problem.source.variables),)),
+            RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(())),
             shapes,
+            precision="float64",
         )
         analysis = lowered.compile().memory_analysis()
     if analysis is None:  # a backend that does not say

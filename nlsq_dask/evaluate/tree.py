@@ -11,25 +11,66 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+import numpy as np
+
+from nlsq_dask._typing import Float
 from nlsq_dask.normal_equations import Sums
 
-__all__ = ["Node", "fold_nodes", "split_leaves", "sum_range"]
+__all__ = [
+    "Bin",
+    "Bins",
+    "Node",
+    "bin_level",
+    "fold_bins",
+    "fold_nodes",
+    "split_leaves",
+    "sum_range",
+]
 
 Node: TypeAlias = tuple[int, int]
+Bin: TypeAlias = Float[np.ndarray, "4"]  # rows, rows left out, Σ r, Σ r²
+Bins: TypeAlias = Float[np.ndarray, "bins 4"]
+
+MAX_BINS = 1024
 
 
-def sum_range(leaves: Iterable[tuple[int, Sums]]) -> dict[Node, Sums]:
-    """Sums of consecutive leaves, merged as far up the tree as they go.
+def bin_level(num_leaves: int) -> int:
+    """The level of the tree with at most `MAX_BINS` nodes: theirs are the statistics by chunk."""
+    return max(0, (-(-num_leaves // MAX_BINS) - 1).bit_length())
 
-    A range of leaves comes to at most ``2 log2`` of its length nodes.
+
+def sum_range(
+    leaves: Iterable[tuple[int, Sums]], level: int
+) -> tuple[dict[Node, Sums], dict[Node, Bin]]:
+    """Sums of consecutive leaves, merged as far up the tree as they go, and bins on the way.
+
+    A range of leaves comes to at most ``2 log2`` of its length nodes. A bin is what is kept of
+    each node at `level`, before it is merged further.
     """
     nodes: list[tuple[Node, Sums]] = []
+    bins: dict[Node, Bin] = {}
     for index, sums in leaves:
         nodes.append(((0, index), sums))
-        while len(nodes) > 1 and _are_siblings(nodes[-2][0], nodes[-1][0]):
-            (_, right), ((level, i), left) = nodes.pop(), nodes.pop()
-            nodes.append(((level + 1, i // 2), left + right))
-    return dict(nodes)
+        while True:
+            node, value = nodes[-1]
+            if node[0] == level:
+                bins[node] = bin_of(value)
+            if len(nodes) < 2 or not _are_siblings(nodes[-2][0], node):
+                break
+            (_, right), (_, left) = nodes.pop(), nodes.pop()
+            nodes.append(((node[0] + 1, node[1] // 2), left + right))
+    return dict(nodes), bins
+
+
+def bin_of(sums: Sums) -> Bin:
+    return np.array(
+        [
+            float(sums.normal.num_rows),
+            float(sums.rows.num_masked),
+            float(sums.rows.residual_sum),
+            float(sums.rows.residual_square),
+        ]
+    )
 
 
 def _are_siblings(left: Node, right: Node) -> bool:
@@ -38,15 +79,28 @@ def _are_siblings(left: Node, right: Node) -> bool:
 
 def fold_nodes(nodes: Mapping[Node, Sums], num_leaves: int) -> Sums:
     """The root, from nodes that cover every leaf once."""
+    return _value((num_leaves - 1).bit_length(), 0, nodes, num_leaves)
 
-    def value(level: int, index: int) -> Sums:
-        if (level, index) in nodes:
-            return nodes[level, index]
-        left = value(level - 1, 2 * index)
-        has_right = (2 * index + 1) << (level - 1) < num_leaves
-        return left + value(level - 1, 2 * index + 1) if has_right else left
 
-    return value((num_leaves - 1).bit_length(), 0)
+def fold_bins(
+    nodes: Mapping[Node, Sums], bins: Mapping[Node, Bin], num_leaves: int, level: int
+) -> Bins:
+    """The bins of all leaves: those that ranges kept, and those that lie across two ranges."""
+    every = range(-(-num_leaves // 2**level))
+    return np.stack(
+        [
+            bins[level, i] if (level, i) in bins else bin_of(_value(level, i, nodes, num_leaves))
+            for i in every
+        ]
+    )
+
+
+def _value(level: int, index: int, nodes: Mapping[Node, Sums], num_leaves: int) -> Sums:
+    if (level, index) in nodes:
+        return nodes[level, index]
+    left = _value(level - 1, 2 * index, nodes, num_leaves)
+    has_right = (2 * index + 1) << (level - 1) < num_leaves
+    return left + _value(level - 1, 2 * index + 1, nodes, num_leaves) if has_right else left
 
 
 def split_leaves(num_leaves: int, num_parts: int) -> list[range]:

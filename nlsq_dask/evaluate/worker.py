@@ -136,12 +136,14 @@ class BlockTask:
         return out
 
 
-def merge_reports(reports: Sequence[np.ndarray]) -> RangeReport:
+def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
     """The reports of consecutive leaves as one."""
     each: list[RangeReport] = [report.ravel()[0] for report in reports]
     leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
+    nodes, bins = sum_range(leaves, level)
     return RangeReport(
-        nodes=sum_range(leaves),
+        nodes=nodes,
+        bins=bins,
         bytes_read=sum(report.bytes_read for report in each),
         read_seconds=sum(report.read_seconds for report in each),
         busy_seconds=sum(report.busy_seconds for report in each),

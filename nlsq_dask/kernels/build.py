@@ -2,151 +2,242 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nlsq_dask._typing import Array, Float, Shape
-from nlsq_dask.kernels.rows import residual_function, residuals_and_jacobian
-from nlsq_dask.kernels.tiles import Tile, sum_tiles
+from nlsq_dask._typing import Array, Bool, Float, Shape
+from nlsq_dask.config import Precision
+from nlsq_dask.kernels.rows import linearise, residual_function, row_costs
+from nlsq_dask.kernels.tiles import Tile, sum_tiles, whole_tile
+from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
-from nlsq_dask.normal_equations import NormalEquations, RowSummary
+from nlsq_dask.normal_equations import NormalEquations, RowStatistics, RowSummary, ScoreSums
 from nlsq_dask.parameters import ParameterSpace
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.terms import RowTerms
 
-__all__ = ["Kernels", "build_curvature", "build_jacobian", "build_kernels"]
+__all__ = ["KernelSpec", "Kernels", "build_kernels", "build_linearisation", "build_residuals"]
 
-NormalKernel = Callable[
-    [Float[Array, " n"], Float[Array, "n k"], Float[Array, " variables"], Chunk], NormalEquations
-]
-CostKernel = Callable[
-    [Float[Array, "rivals n"], Float[Array, " variables"], Chunk], Float[Array, " rivals"]
-]
-SummaryKernel = Callable[[Float[Array, ""], Float[Array, " variables"], Chunk], RowSummary]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KernelSpec:
+    """What kernels are built from. All else is their arguments."""
+
+    model: Model
+    space: ParameterSpace
+    loss: str
+    tile_shape: Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What is computed on a chunk. Each is compiled once per process and chunk shape."""
+    """What is computed on a chunk. Each is compiled once per process and chunk shape.
 
-    normal_equations: NormalKernel
-    costs: CostKernel
-    summary: SummaryKernel
+    Call them with 64-bit types enabled and parameters as float64 arrays.
+    """
+
+    normal_equations: Callable[..., tuple[NormalEquations, RowStatistics]]
+    costs: Callable[..., Float[Array, " rivals"]]
+    summary: Callable[..., RowSummary]
+    scores: Callable[..., ScoreSums]
+    curvature: Callable[..., Float[Array, "k k"]]
 
 
-def build_kernels(model: Model, space: ParameterSpace, tile_shape: Shape) -> Kernels:
-    """Jit the kernels; call them with 64-bit types enabled and parameters as float64 arrays."""
+def build_kernels(spec: KernelSpec) -> Kernels:
+    """Jit the kernels of a problem."""
 
-    def normal_equations(
-        params: Float[Array, " n"],
-        directions: Float[Array, "n k"],
-        fill: Float[Array, " variables"],
-        chunk: Chunk,
-    ) -> NormalEquations:
-        def reduce(tile: Tile) -> NormalEquations:
-            a = residuals_and_jacobian(model, space, tile, params, directions)
-            product = a.T @ a  # gram, grad and 2·cost in one sweep over the tile
-            wanted_without_weight = tile.is_wanted & ~tile.is_row
-            bad_sigma = jnp.zeros((), jnp.int64)
-            if tile.sigma is not None:
-                bad_sigma = jnp.sum(tile.is_row & (tile.sigma <= 0), dtype=jnp.int64)
-            return NormalEquations(
-                gram=product[:-1, :-1],
-                grad=product[:-1, -1],
-                cost=0.5 * product[-1, -1],
-                num_rows=jnp.sum(tile.is_row, dtype=jnp.int64),
-                num_invalid=jnp.sum(wanted_without_weight, dtype=jnp.int64),
-                num_bad_sigma=bad_sigma,
-            )
-
-        return sum_tiles(chunk, tile_shape, fill, reduce)
-
-    def costs(
-        rivals: Float[Array, "rivals n"], fill: Float[Array, " variables"], chunk: Chunk
-    ) -> Float[Array, " rivals"]:
-        def reduce(tile: Tile) -> Float[Array, " rivals"]:
-            residual = residual_function(model, space, tile)
-            return jax.vmap(lambda params: 0.5 * jnp.sum(residual(params) ** 2))(rivals)
-
-        return sum_tiles(chunk, tile_shape, fill, reduce)
-
-    def summary(
-        center: Float[Array, ""], fill: Float[Array, " variables"], chunk: Chunk
-    ) -> RowSummary:
-        def reduce(tile: Tile) -> RowSummary:
-            inverse = 1.0 if tile.sigma is None else tile.sigma**-2
-            weight = jnp.where(tile.is_row, inverse, 0.0)
-            deviation = jnp.where(tile.is_row, tile.y - center, 0.0)
-            return RowSummary(
-                weight=jnp.sum(weight),
-                first=jnp.sum(weight * deviation),
-                second=jnp.sum(weight * deviation**2),
-            )
-
-        return sum_tiles(chunk, tile_shape, fill, reduce)
+    def jit(kernel: Callable[..., Any], *static: str) -> Callable[..., Any]:
+        return jax.jit(functools.partial(kernel, spec), static_argnames=static)
 
     return Kernels(
-        normal_equations=jax.jit(normal_equations),
-        costs=jax.jit(costs),
-        summary=jax.jit(summary),
+        normal_equations=jit(_normal_equations, "precision"),
+        costs=jit(_costs),
+        summary=jit(_summary),
+        scores=jit(_scores, "num_clusters"),
+        curvature=jit(_curvature),
     )
 
 
-def build_jacobian(
-    model: Model, space: ParameterSpace
-) -> Callable[[Float[Array, " n"], Float[Array, "n k"], Chunk], Float[Array, "rows k+1"]]:
-    """Jacobian and residual of a small chunk, row by row: for the QR of a sample."""
+def _normal_equations(
+    spec: KernelSpec,
+    params: Float[Array, " n"],
+    directions: Float[Array, "n k"],
+    terms: RowTerms,
+    chunk: Chunk,
+    precision: Precision,
+) -> tuple[NormalEquations, RowStatistics]:
+    def reduce(tile: Tile) -> tuple[NormalEquations, RowStatistics]:
+        rows = linearise(
+            spec.model, spec.space, spec.loss, tile, params, directions, terms, precision
+        )
+        gram, grad = _products(rows.jac, rows.target, precision)
+        normal = NormalEquations(
+            gram=gram,
+            grad=grad,
+            cost=_total(rows.cost),
+            num_rows=jnp.sum(tile.is_row, dtype=jnp.int64),
+        )
+        return normal, _statistics(tile, rows.residual)
 
-    def jacobian(
-        params: Float[Array, " n"], directions: Float[Array, "n k"], chunk: Chunk
-    ) -> Float[Array, "rows k+1"]:
-        return residuals_and_jacobian(model, space, _whole(chunk), params, directions)
-
-    return jax.jit(jacobian)
-
-
-def build_curvature(
-    model: Model, space: ParameterSpace, tile_shape: Shape
-) -> Callable[
-    [Float[Array, " n"], Float[Array, "n k"], Float[Array, " variables"], Chunk],
-    Float[Array, "k k"],
-]:
-    """``Σ r ∇²r`` along directions: what Gauss-Newton leaves out of the Hessian of the cost."""
-
-    def curvature(
-        params: Float[Array, " n"],
-        directions: Float[Array, "n k"],
-        fill: Float[Array, " variables"],
-        chunk: Chunk,
-    ) -> Float[Array, "k k"]:
-        def reduce(tile: Tile) -> Float[Array, "k k"]:
-            residual = residual_function(model, space, tile)
-            held = residual(params)
-
-            def projected(step: Float[Array, " k"]) -> Float[Array, ""]:
-                return jnp.sum(held * residual(params + directions @ step))
-
-            hessian: Float[Array, "k k"] = jax.jacfwd(jax.jacfwd(projected))(
-                jnp.zeros(directions.shape[1])
-            )
-            return hessian
-
-        return sum_tiles(chunk, tile_shape, fill, reduce)
-
-    return jax.jit(curvature)
+    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
 
 
-def _whole(chunk: Chunk) -> Tile:
-    every = jnp.ones(chunk.y.shape, bool)
-    if chunk.extent is not None:
-        for axis, length in enumerate(chunk.y.shape):
-            every &= jnp.arange(length) < chunk.extent[axis]
-    return Tile(
-        x=tuple(column.astype(jnp.float64) for column in chunk.x),
-        y=chunk.y.astype(jnp.float64),
-        sigma=None if chunk.sigma is None else chunk.sigma.astype(jnp.float64),
-        is_row=every,
-        is_wanted=every,
+def _products(
+    jac: Float[Array, "rows k"], target: Float[Array, " rows"], precision: Precision
+) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
+    """``JᵀJ`` and ``Jᵀr``, in float64 from tile to tile.
+
+    The gradient decides where the fit ends, so mixed precision takes it in float64 throughout.
+    """
+    if precision == "mixed":
+        gram = (jac.T @ jac).astype(jnp.float64)
+        return gram, jac.T.astype(jnp.float64) @ target
+    # Gram and gradient in one sweep over the tile.
+    a = jnp.concatenate([jac, target[:, None]], axis=-1)
+    product = (a.T @ a).astype(jnp.float64)
+    return product[:-1, :-1], product[:-1, -1]
+
+
+def _total(rows: Float[Array, " rows"]) -> Float[Array, ""]:
+    return jnp.sum(rows).astype(jnp.float64)
+
+
+def _statistics(tile: Tile, residual: Float[Array, " rows"]) -> RowStatistics:
+    def count(of: Array) -> Array:
+        return jnp.sum(of, dtype=jnp.int64)
+
+    bad_sigma: Array = jnp.zeros((), jnp.int64)
+    if tile.sigma is not None:
+        bad_sigma = count(tile.is_row & (tile.sigma <= 0))
+    return RowStatistics(
+        num_masked=count(tile.is_real & ~tile.is_row),
+        num_invalid=count(tile.is_wanted & ~tile.is_row & ~tile.is_stray),
+        num_bad_sigma=bad_sigma,
+        num_stray=count(tile.is_stray),
+        residual_sum=_total(residual),
+        residual_square=_total(residual**2),
     )
+
+
+def _costs(
+    spec: KernelSpec, rivals: Float[Array, "rivals n"], terms: RowTerms, chunk: Chunk
+) -> Float[Array, " rivals"]:
+    def reduce(tile: Tile) -> Float[Array, " rivals"]:
+        residual = residual_function(spec.model, spec.space, tile)
+        return jax.vmap(lambda params: jnp.sum(row_costs(spec.loss, residual(params), terms)))(
+            rivals
+        )
+
+    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+
+
+def _summary(
+    spec: KernelSpec, center: Float[Array, ""], terms: RowTerms, chunk: Chunk
+) -> RowSummary:
+    def reduce(tile: Tile) -> RowSummary:
+        weight: Array = jnp.ones(())
+        if tile.sigma is not None:
+            weight = weight / tile.sigma**2
+        if tile.root_weight is not None:
+            weight = weight * tile.root_weight**2
+        weight = jnp.where(tile.is_row, weight, 0.0)
+        deviation = jnp.where(tile.is_row, tile.y - center, 0.0)
+        return RowSummary(
+            weight=jnp.sum(weight),
+            first=jnp.sum(weight * deviation),
+            second=jnp.sum(weight * deviation**2),
+        )
+
+    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+
+
+def _scores(
+    spec: KernelSpec,
+    params: Float[Array, " n"],
+    directions: Float[Array, "n k"],
+    terms: RowTerms,
+    chunk: Chunk,
+    num_clusters: int,
+) -> ScoreSums:
+    """Products of the scores ``ρ' r J`` and the Hessian without its clamp: a sandwich's parts."""
+
+    def reduce(tile: Tile) -> ScoreSums:
+        rows = linearise(spec.model, spec.space, "linear", tile, params, directions, terms)
+        robust = robust_terms(LOSSES[spec.loss], rows.residual, terms.f_scale)
+        score = rows.jac * robust.score[:, None]
+        clusters = None
+        if num_clusters:
+            assert tile.cluster is not None
+            code = jnp.broadcast_to(tile.cluster, tile.y.shape).ravel()
+            clusters = jax.ops.segment_sum(score, code, num_segments=num_clusters)
+        return ScoreSums(
+            meat=score.T @ score,
+            bread=rows.jac.T @ (rows.jac * robust.curvature[:, None]),
+            clusters=clusters,
+        )
+
+    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+
+
+def _curvature(
+    spec: KernelSpec,
+    params: Float[Array, " n"],
+    directions: Float[Array, "n k"],
+    terms: RowTerms,
+    chunk: Chunk,
+) -> Float[Array, "k k"]:
+    """What Gauss-Newton leaves out of the Hessian of the cost, along directions.
+
+    That is ``Σ ρ' r ∇²r``, and where a loss is concave the curvature that was clamped.
+    """
+
+    def reduce(tile: Tile) -> Float[Array, "k k"]:
+        residual = residual_function(spec.model, spec.space, tile)
+        held = residual(params)
+        score: Array = held
+        clamped_away: Array = jnp.zeros(())
+        if spec.loss != "linear":
+            robust = robust_terms(LOSSES[spec.loss], held, terms.f_scale)
+            score, clamped_away = robust.score, robust.curvature - robust.clamped
+
+        def projected(step: Float[Array, " k"]) -> Float[Array, ""]:
+            moved = residual(params + directions @ step)
+            return jnp.sum(score * moved + 0.5 * clamped_away * (moved - held) ** 2)
+
+        hessian: Float[Array, "k k"] = jax.jacfwd(jax.jacfwd(projected))(
+            jnp.zeros(directions.shape[1])
+        )
+        return hessian
+
+    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+
+
+def build_linearisation(spec: KernelSpec) -> Callable[..., Float[Array, "rows k"]]:
+    """The Jacobian of a small chunk, row by row, scaled as the loss asks: for a sample's QR."""
+
+    def linearisation(
+        params: Float[Array, " n"], directions: Float[Array, "n k"], terms: RowTerms, chunk: Chunk
+    ) -> Float[Array, "rows k"]:
+        tile = whole_tile(chunk, terms)
+        return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac
+
+    return jax.jit(linearisation)
+
+
+def build_residuals(
+    spec: KernelSpec,
+) -> Callable[..., tuple[Float[Array, ...], Bool[Array, ...]]]:
+    """Residuals of a small chunk, and which of them count."""
+
+    def residuals(
+        params: Float[Array, " n"], terms: RowTerms, chunk: Chunk
+    ) -> tuple[Float[Array, ...], Bool[Array, ...]]:
+        tile = whole_tile(chunk, terms)
+        return residual_function(spec.model, spec.space, tile)(params), tile.is_row
+
+    return jax.jit(residuals)

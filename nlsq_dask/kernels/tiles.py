@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nlsq_dask._typing import Array, Bool, Float, Shape
+from nlsq_dask._typing import Array, Bool, Float, Int, Shape
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.terms import RowTerms
 
-__all__ = ["Tile", "choose_tile_shape", "sum_tiles"]
+__all__ = ["Tile", "choose_tile_shape", "sum_tiles", "whole_tile"]
 
 _Total = TypeVar("_Total")
 
@@ -26,8 +27,12 @@ class Tile:
     x: tuple[Float[Array, ...], ...]
     y: Float[Array, ...]
     sigma: Float[Array, ...] | None
+    root_weight: Float[Array, ...] | None  # of the row's group, broadcast as the first variable
+    cluster: Int[Array, ...] | None
     is_row: Bool[Array, ...]  # weight above zero
     is_wanted: Bool[Array, ...]  # real and selected, finite or not
+    is_real: Bool[Array, ...]  # no padding
+    is_stray: Bool[Array, ...]  # wanted, but of no known group
 
 
 def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
@@ -50,7 +55,7 @@ def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
 def sum_tiles(
     chunk: Chunk,
     tile_shape: Shape,
-    fill: Float[Array, " variables"],
+    terms: RowTerms,
     reduce: Callable[[Tile], _Total],
 ) -> _Total:
     """``Σ reduce(tile)``, tile after tile in one fixed order.
@@ -68,7 +73,7 @@ def sum_tiles(
             jnp.minimum(start, length - size)
             for start, length, size in zip(wanted, shape, tile_shape, strict=True)
         ]
-        return _cut(chunk, starts, wanted, tile_shape, fill)
+        return _cut(chunk, starts, wanted, tile_shape, terms)
 
     def step(number: Array, total: _Total) -> _Total:
         summed: _Total = jax.tree.map(jnp.add, total, reduce(at(number)))
@@ -85,7 +90,7 @@ def _cut(
     starts: Sequence[Array],
     wanted: Sequence[Array],
     tile_shape: Shape,
-    fill: Float[Array, " variables"],
+    terms: RowTerms,
 ) -> Tile:
     def cut(array: Array) -> Array:
         sizes = [min(size, have) for size, have in zip(tile_shape, array.shape, strict=True)]
@@ -95,23 +100,71 @@ def _cut(
         ]
         return lax.dynamic_slice(array, begin, sizes)
 
-    is_wanted = jnp.ones(tile_shape, bool)
+    is_real = jnp.ones(tile_shape, bool)
     for axis, (start, first) in enumerate(zip(starts, wanted, strict=True)):
         row = start + lax.broadcasted_iota(start.dtype, tile_shape, axis)
-        is_wanted &= row >= first
+        is_real &= row >= first
         if chunk.extent is not None:
-            is_wanted &= row < chunk.extent[axis]
+            is_real &= row < chunk.extent[axis]
+    parts = Chunk(
+        x=tuple(cut(column) for column in chunk.x),
+        y=cut(chunk.y),
+        sigma=None if chunk.sigma is None else cut(chunk.sigma),
+        where=None if chunk.where is None else cut(chunk.where),
+        cluster=None if chunk.cluster is None else cut(chunk.cluster),
+    )
+    return build_tile(parts, is_real, terms)
+
+
+def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
+    """A chunk as one tile."""
+    is_real: Array = jnp.ones(chunk.y.shape, bool)
+    if chunk.extent is not None:
+        for axis in range(chunk.y.ndim):
+            row = lax.broadcasted_iota(jnp.int64, chunk.y.shape, axis)
+            is_real &= row < chunk.extent[axis]
+    return build_tile(chunk, is_real, terms)
+
+
+def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:
+    """Rows with what decides whether, and how much, each counts."""
+    shape = chunk.y.shape
+    is_wanted: Array = jnp.asarray(is_real)
     if chunk.where is not None:
-        is_wanted &= cut(chunk.where)
-    x = tuple(cut(column).astype(jnp.float64) for column in chunk.x)
-    y = cut(chunk.y).astype(jnp.float64)
-    sigma = None if chunk.sigma is None else cut(chunk.sigma).astype(jnp.float64)
-    is_row = is_wanted & jnp.isfinite(y)
+        is_wanted &= jnp.asarray(chunk.where)
+    x = tuple(column.astype(jnp.float64) for column in chunk.x)
+    y = chunk.y.astype(jnp.float64)
+    sigma = None if chunk.sigma is None else chunk.sigma.astype(jnp.float64)
+    root_weight, is_stray = None, jnp.zeros((), bool)
+    if terms.group_weights is not None:
+        weight, is_known = _group_weight(x[0], terms.group_weights)
+        root_weight = jnp.sqrt(weight)
+        is_stray = is_wanted & ~is_known & jnp.isfinite(x[0])
+        is_wanted = jnp.asarray(is_wanted & ((weight > 0) | ~is_known))
+    is_row: Array = is_wanted & jnp.isfinite(y) & ~is_stray
     for column in (*x, *([] if sigma is None else [sigma])):
-        is_row &= jnp.isfinite(column)
+        is_row = is_row & jnp.isfinite(column)
     # A row without weight gets a value at which the model is defined: NaN times zero is NaN.
     x = tuple(
-        jnp.where(is_row if column.shape == tile_shape else jnp.isfinite(column), column, value)
-        for column, value in zip(x, fill, strict=True)
+        jnp.where(is_row if column.shape == shape else jnp.isfinite(column), column, value)
+        for column, value in zip(x, terms.fill, strict=True)
     )
-    return Tile(x=x, y=y, sigma=sigma, is_row=is_row, is_wanted=is_wanted)
+    return Tile(
+        x=x,
+        y=y,
+        sigma=sigma,
+        root_weight=root_weight,
+        cluster=chunk.cluster,
+        is_row=is_row,
+        is_wanted=is_wanted,
+        is_real=is_real,
+        is_stray=is_stray,
+    )
+
+
+def _group_weight(
+    group: Float[Array, ...], weights: Float[Array, " groups"]
+) -> tuple[Float[Array, ...], Bool[Array, ...]]:
+    """The weight of each group number, and whether it is one."""
+    number = jnp.clip(jnp.nan_to_num(group), 0, len(weights) - 1).astype(jnp.int32)
+    return weights[number], number == group

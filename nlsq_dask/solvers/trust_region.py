@@ -47,6 +47,7 @@ class Evaluation:
     whitening: Float[np.ndarray, "k k"]
     normal: NormalEquations
     curvature: Float[np.ndarray, "k k"] | None = None
+    penalty_cost: float = 0.0  # the part of the cost that comes from no row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,11 @@ class Tolerances:
     ftol: float | None = None
     xtol: float | None = None
     gtol: float | None = None
+    tangent_tol: float = np.inf  # beside `distance_tol`
     absolute_sigma: bool = False
     # Σ w y², to tell residuals of rounding size from residuals.
     data_square: float = 0.0
+    eps: float = _EPS  # of the arithmetic that residuals are computed in
 
     def cost_noise(self, cost: float) -> float:
         """Differences of the cost below this are rounding: of its sum, and of the residuals.
@@ -68,8 +71,8 @@ class Tolerances:
         A model errs by a few eps |y|, ten say, in each residual, and the cost then by at most
         ``10 eps ‖r‖ ‖y‖``.
         """
-        residual = 10 * _EPS * np.sqrt(2 * cost * self.data_square)
-        return 100 * _EPS * cost + float(residual) + 8 * _EPS**2 * self.data_square
+        residual = 10 * self.eps * np.sqrt(2 * cost * self.data_square)
+        return 100 * self.eps * cost + float(residual) + 8 * self.eps**2 * self.data_square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ class State:
     num_trials: int
     num_accepted: int
     was_accepted: bool
+    was_finite: bool  # the last trial
     gain: float  # of the last trial
     status: Status
 
@@ -109,14 +113,33 @@ class State:
         return self.distance / (1 - self.contraction) if self.contraction < 1 else np.inf
 
     @property
+    def data_cost(self) -> float:
+        """The cost without the penalties."""
+        return self.cost - self.evaluation.penalty_cost
+
+    @property
+    def condition_number(self) -> float:
+        """Of the Jacobian with columns of unit length."""
+        norms = _positive(self.model.column_norms)
+        return spectrum_of(self.model.gauss_newton_factor, norms).condition_number
+
+    @property
+    def tangent_cosine(self) -> float:
+        """Cosine between the residuals and the tangent plane, within the bounds."""
+        length = float(np.linalg.norm(self.model.gauss_newton_factor @ self.newton.vector))
+        return length / np.sqrt(2 * self.cost) if self.cost > 0 else 0.0
+
+    @property
+    def cosines(self) -> Float[np.ndarray, " k"]:
+        """Cosines between the residuals and the columns of the Jacobian."""
+        scale = self.model.column_norms * np.sqrt(2 * self.cost)
+        cosines = np.divide(self.model.grad, scale, out=np.zeros_like(scale), where=scale > 0)
+        return np.asarray(cosines)
+
+    @property
     def optimality(self) -> float:
-        """The largest cosine between the residuals and a column of the Jacobian."""
-        length = np.sqrt(2 * self.cost)
-        norms = self.model.column_norms
-        free = ~self.newton.active & (norms > 0)
-        if length == 0 or not free.any():
-            return 0.0
-        return float(np.max(np.abs(self.model.grad[free]) / (norms[free] * length)))
+        """The largest cosine of a parameter that no bound holds."""
+        return float(np.max(np.abs(self.cosines[~self.newton.active]), initial=0.0))
 
     @property
     def active(self) -> Bool[np.ndarray, " k"]:
@@ -151,11 +174,12 @@ class TrustRegion:
             radius=radius if radius > 0 else self.initial_radius,
             newton=newton,
             step=newton,
-            distance=self._distance(model, newton, int(evaluation.normal.num_rows)),
+            distance=self._distance(model, newton, evaluation),
             contraction=None,
             num_trials=0,
             num_accepted=0,
             was_accepted=True,
+            was_finite=True,
             gain=np.nan,
             status=Status.RUNNING,
         )
@@ -163,9 +187,16 @@ class TrustRegion:
 
     def update(self, state: State, evaluation: Evaluation) -> State:
         """The state after a trial: accepted or not, with the next trial chosen."""
-        tried = replace(state, num_trials=state.num_trials + 1, was_accepted=False, gain=np.nan)
+        is_finite = evaluation.normal.is_finite
+        tried = replace(
+            state,
+            num_trials=state.num_trials + 1,
+            was_accepted=False,
+            was_finite=is_finite,
+            gain=np.nan,
+        )
         shorter = 0.25 * state.step.scaled_norm
-        if not evaluation.normal.is_finite:
+        if not is_finite:
             return self._next_trial(replace(tried, radius=shorter))
         candidate = self._accept(tried, evaluation)
         actual = state.cost - candidate.cost
@@ -188,7 +219,7 @@ class TrustRegion:
         model = build_quadratic(evaluation.normal, evaluation.whitening, evaluation.curvature)
         scale = np.maximum(state.scale, model.column_norms)
         newton = solve_subproblem(model, scale, np.inf, self._to_bounds(evaluation.params))
-        distance = self._distance(model, newton, int(evaluation.normal.num_rows))
+        distance = self._distance(model, newton, evaluation)
         contraction = state.contraction
         if state.step.is_newton and 0 < state.distance < np.inf:
             contraction = distance / state.distance
@@ -209,7 +240,8 @@ class TrustRegion:
         """Test for convergence, then choose the next point."""
         if state.status is not Status.RUNNING:
             return state
-        if state.remaining_distance <= self.tolerances.distance_tol:
+        is_near = state.remaining_distance <= self.tolerances.distance_tol
+        if is_near and state.tangent_cosine <= self.tolerances.tangent_tol:
             return replace(state, status=self._converged(Status.CONVERGED, state))
         scaled_length = float(np.linalg.norm(state.scale * state.params))
         if state.radius <= _EPS * scaled_length or state.radius < np.finfo(np.float64).tiny:
@@ -263,10 +295,10 @@ class TrustRegion:
         lower, upper = self.bounds
         return np.minimum(lower - params, 0.0), np.maximum(upper - params, 0.0)
 
-    def _distance(self, model: QuadraticModel, newton: Step, num_rows: int) -> float:
+    def _distance(self, model: QuadraticModel, newton: Step, evaluation: Evaluation) -> float:
         """``‖S p‖ / s``: the longest way to the minimum, in standard errors."""
-        dof = num_rows - len(newton.vector)
-        variance = 2 * model.cost / dof if dof > 0 else 0.0
+        dof = int(evaluation.normal.num_rows) - len(newton.vector)
+        variance = 2 * (model.cost - evaluation.penalty_cost) / dof if dof > 0 else 0.0
         if self.tolerances.absolute_sigma:
             variance = min(variance, 1.0) if dof > 0 else 1.0
         length = float(np.linalg.norm(model.gauss_newton_factor @ newton.vector))
@@ -304,6 +336,7 @@ def _unusable(evaluation: Evaluation) -> State:
         num_trials=0,
         num_accepted=0,
         was_accepted=False,
+        was_finite=False,
         gain=np.nan,
         status=Status.NOT_FINITE,
     )

@@ -19,13 +19,15 @@ class Chunk:
     """A block of rows. All arrays have as many axes as `y` and broadcast against it.
 
     A row has weight zero where `where` is false, where any of its values is not finite, and
-    beyond `extent`, the part of a padded chunk that is real.
+    beyond `extent`, the part of a padded chunk that is real. `cluster` numbers the group of rows
+    that may depend on each other, for clustered standard errors.
     """
 
     x: tuple[Float[Array, ...], ...]
     y: Float[Array, ...]
     sigma: Float[Array, ...] | None = None
     where: Bool[Array, ...] | None = None
+    cluster: Int[Array, ...] | None = None
     extent: Int[Array, " axes"] | None = None
 
     @property
@@ -99,7 +101,7 @@ def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
     most, shape = tuple(source.chunk_shape), chunk.y.shape
     if len(shape) != len(most) or any(a > b for a, b in zip(shape, most, strict=True)):
         raise ValueError(f"{where}`y` of shape {most} at most, got {shape}")
-    for part in (*chunk.x, chunk.sigma, chunk.where):
+    for part in (*chunk.x, chunk.sigma, chunk.where, chunk.cluster):
         if part is not None and (
             part.ndim != len(shape)
             or any(a not in (1, b) for a, b in zip(part.shape, shape, strict=True))
@@ -133,6 +135,7 @@ def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:
         y=pad(chunk.y),
         sigma=None if chunk.sigma is None else pad(chunk.sigma),
         where=None if chunk.where is None else pad(chunk.where),
+        cluster=None if chunk.cluster is None else pad(chunk.cluster),
         extent=extent,
     )
 

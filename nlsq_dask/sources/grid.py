@@ -41,6 +41,7 @@ class GridSource:
     y: Column
     sigma: Column | None = None
     where: Column | None = None
+    cluster: Column | None = None
     leaf_shape: Shape = ()
 
     @property
@@ -55,7 +56,7 @@ class GridSource:
     def columns(self) -> dict[str, Column]:
         """Every column under the name of its role."""
         named: dict[str, Column | None] = {f"x{i}": column for i, column in enumerate(self.x)}
-        named |= {"y": self.y, "sigma": self.sigma, "where": self.where}
+        named |= {"y": self.y, "sigma": self.sigma, "where": self.where, "cluster": self.cluster}
         return {role: column for role, column in named.items() if column is not None}
 
     @property
@@ -109,6 +110,7 @@ class GridSource:
             y=as_floating(parts["y"]),
             sigma=as_floating(parts["sigma"]) if "sigma" in parts else None,
             where=None if where is None else where.astype(bool),
+            cluster=parts["cluster"].astype(np.int32) if "cluster" in parts else None,
         )
 
     def _align(self, column: Column, block: np.ndarray) -> np.ndarray:
@@ -126,6 +128,7 @@ class GridSource:
             y=columns.get("y", self.y),
             sigma=columns.get("sigma", self.sigma),
             where=columns.get("where", self.where),
+            cluster=columns.get("cluster", self.cluster),
         )
 
 

@@ -1,0 +1,96 @@
+"""Parameters that are functions of others: ``ties={"b": lambda a: 2 * a}``.
+
+A tie is a Python function whose arguments name other parameters; it is traced with the model, so
+derivatives of every order go through it.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nlsq_dask._typing import Array
+
+__all__ = ["Tie", "order_ties"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie:
+    """``parameter = function(*arguments)``."""
+
+    parameter: str
+    arguments: tuple[str, ...]
+    function: Callable[..., Any]
+
+    def __call__(self, values: Mapping[str, Array]) -> Any:
+        return self.function(*(values[name] for name in self.arguments))
+
+
+def order_ties(
+    ties: Mapping[str, Callable[..., Any]] | None,
+    names: Sequence[str],
+    taken: Mapping[str, Iterable[str]],
+) -> tuple[Tie, ...]:
+    """Read the functions' signatures, and put ties after those that they depend on.
+
+    Parameters
+    ----------
+    ties : mapping
+        Functions by the name of the parameter that they give.
+    names : sequence of str
+        The model's parameters.
+    taken : mapping
+        By argument (``p0``, ``bounds``, ``fixed``), the parameters that it names.
+
+    Raises
+    ------
+    TypeError
+        If `ties` is not a mapping of callables.
+    ValueError
+        If a name is unknown, a tied parameter is also started, bounded or fixed, or ties go
+        round in a circle.
+    """
+    if ties is None:
+        return ()
+    if not isinstance(ties, Mapping):
+        raise TypeError(f"`ties` must map names of parameters to functions, got {ties!r}")
+    found = {}
+    for name, function in ties.items():
+        if name not in names:
+            raise ValueError(
+                f"`ties` must name parameters of the model, {list(names)}, got {name!r}"
+            )
+        found[name] = Tie(parameter=name, arguments=_arguments(name, function), function=function)
+        unknown = [argument for argument in found[name].arguments if argument not in names]
+        if unknown:
+            raise ValueError(
+                f"`ties[{name!r}]` must take parameters of the model, {list(names)}, got the "
+                f"argument {unknown[0]!r}"
+            )
+    for argument, given in taken.items():
+        both = [name for name in given if name in found]
+        if both:
+            raise ValueError(
+                f"`{argument}` must leave tied parameters alone, got {both[0]!r}, which `ties` "
+                "gives"
+            )
+    graph = {
+        name: [other for other in tie.arguments if other in found] for name, tie in found.items()
+    }
+    try:
+        order = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"`ties` must not go round in a circle, got {error.args[1]}") from None
+    return tuple(found[name] for name in order)
+
+
+def _arguments(name: str, function: object) -> tuple[str, ...]:
+    if not callable(function):
+        raise TypeError(
+            f"`ties[{name!r}]` must be a function of other parameters, `lambda a: 2 * a` say, "
+            f"got {function!r}"
+        )
+    return tuple(inspect.signature(function).parameters)
