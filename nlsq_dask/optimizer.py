@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import scipy.optimize
 
-from nlsq_dask._typing import ModelFunction, Shape
+from nlsq_dask._typing import ModelFunction, Shape, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
@@ -30,6 +32,7 @@ from nlsq_dask.result import FitResult
 from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.telemetry import Callback
 
 __all__ = ["AdaptiveHybridStreamingOptimizer", "require_callback", "require_config"]
@@ -161,6 +164,80 @@ class AdaptiveHybridStreamingOptimizer:
         for text in result.diagnostics["warnings"]:
             warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
         return result
+
+    def set_residual_weights(self, weights: Sequence[float]) -> None:
+        """Weight the squared residuals by group from the next fit on.
+
+        Parameters
+        ----------
+        weights : sequence of float
+            One for each group; the group of a row is the integer in its first variable.
+        """
+        self._config = replace(
+            self._config,
+            enable_residual_weighting=True,
+            residual_weights=tuple(weights),
+        )
+
+    # -- the last fit, in NLSQ's words
+
+    @property
+    def current_phase(self) -> int:
+        """0 before a fit, 3 after: all phases run in every fit."""
+        return 0 if self._result is None else len(PHASE_NAMES) - 1
+
+    @property
+    def phase_history(self) -> list[dict[str, Any]]:
+        """For each phase ``phase, phase_name, seconds, iterations``; empty before a fit."""
+        if self._result is None:
+            return []
+        return phase_history(self._result.diagnostics, self._result.history)
+
+    @property
+    def phase_status(self) -> dict[str, Any]:
+        """``current_phase, phase_name, phase_history, total_phases``."""
+        return {
+            "current_phase": self.current_phase,
+            "phase_name": PHASE_NAMES[self.current_phase],
+            "phase_history": self.phase_history,
+            "total_phases": len(PHASE_NAMES),
+        }
+
+    @property
+    def normalizer(self) -> Any:
+        """The `ParameterNormalizer` of the warmup; None before a fit, or without one."""
+        return self._diagnostics.get("warmup", {}).get("normalizer")
+
+    @property
+    def normalized_bounds(self) -> Any:
+        """The bounds in the warmup's normalized parameters."""
+        normalizer = self.normalizer
+        return None if normalizer is None else normalizer.bounds
+
+    @property
+    def normalization_jacobian(self) -> Any:
+        """The derivative of the parameters by the normalized ones."""
+        normalizer = self.normalizer
+        return None if normalizer is None else normalizer.jacobian
+
+    @property
+    def best_params_global(self) -> Vector | None:
+        """The best parameters that the last fit evaluated over all rows."""
+        return None if self._result is None else self._result.popt
+
+    @property
+    def best_cost_global(self) -> float:
+        """``F`` there; infinite before a fit."""
+        return np.inf if self._result is None else self._result.cost
+
+    @property
+    def multistart_diagnostics(self) -> dict[str, Any] | None:
+        """How the starts fared; None before a fit, or without multistart."""
+        return self._diagnostics.get("multistart")
+
+    @property
+    def _diagnostics(self) -> dict[str, Any]:
+        return {} if self._result is None else self._result.diagnostics
 
 
 # -- what is given

@@ -16,6 +16,7 @@ from nlsq_dask.covariance import Covariance, estimate_covariance
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.objective import FullObjective
 from nlsq_dask.problem import Problem
+from nlsq_dask.residuals import Residuals
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.trust_region import State
@@ -85,6 +86,7 @@ def build_result(course: Course, state: State) -> FitResult:
         absolute_sigma=problem.absolute_sigma,
         history=course.history,
         diagnostics=_diagnostics(course, state, covariance),
+        fun=Residuals(problem=problem, params=space.expand(state.params)),
     )
 
 

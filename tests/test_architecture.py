@@ -30,6 +30,7 @@ ORDER = [
     {"solvers.subproblem"},
     {"solvers.trust_region"},
     {"solvers.minimize"},
+    {"residuals", "streaming"},
     {"covariance", "objective", "result"},
     {"warmup"},
     {"report"},
