@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import scipy.optimize
 import xarray as xr
-from zarr.abc.store import Store as ZarrStore
 
 from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import ConvergenceError
-from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
-from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
-from nlsq_dask.model import (
-    Model,
-    build_model,
-    check_traceable,
-    parameter_names,
-    require_jac,
-    unwrap_jit,
+from nlsq_dask.evaluate.cluster import require_client
+from nlsq_dask.optimizer import (
+    AdaptiveHybridStreamingOptimizer,
+    require_callback,
+    require_config,
 )
-from nlsq_dask.parameters import BoundsLike, ParameterSpace, StartsLike, build_parameter_space
-from nlsq_dask.phases import NanPolicy, fit_problem
-from nlsq_dask.plan import plan_chunks, plan_leaves
-from nlsq_dask.problem import Problem
+from nlsq_dask.parameters import (
+    BoundsLike,
+    ParameterSpace,
+    StartsLike,
+    build_parameter_space,
+    claimed_names,
+)
+from nlsq_dask.phases import NanPolicy
+from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
 from nlsq_dask.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
-from nlsq_dask.sources.base import Source
-from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.sources.stores import open_store
-from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback
 
 __all__ = ["curve_fit", "fit_dataset"]
-
-DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
-
-# Less work than this in a pass is done sooner in this process than sent to a cluster.
-_IN_PROCESS_ROW_PARAMETERS = 5e6
 
 
 def fit_dataset(
@@ -153,35 +139,31 @@ def fit_dataset(
     >>> bool(np.allclose(result.popt, [2.0, 0.5, 0.1]))
     True
     """
-    config = _require_config(config)
+    optimizer = AdaptiveHybridStreamingOptimizer(config)
     _require_choice("nan_policy", nan_policy, ("omit", "raise"))
-    _require_callable_or_none("callback", callback)
+    require_callback(callback)
     require_client(client)
-    claimed = _claimed(p0, bounds, fixed)
-    time_axes: dict[str, str] = {}
-    source: Source
-    if isinstance(ds, str | os.PathLike | ZarrStore):
-        ds = open_store(ds, storage_options)
-    elif storage_options is not None:
-        raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
-    if isinstance(ds, xr.Dataset):
-        fitted = build_model(model, known_names(ds), x, claimed, jac)
-        roles = DatasetRoles(x=fitted.variables, y=y, sigma=sigma, where=where)
-        source, axes = build_dataset_source(ds, roles, time_units)
-        time_axes = {name: axis.units for name, axis in axes.items()}
-    elif isinstance(ds, Source):
-        _require_absent("a Source", y=y, sigma=sigma, where=where, time_units=time_units)
-        fitted = build_model(model, ds.variables, ds.variables if x is None else x, claimed, jac)
-        source = ds
-    else:
-        raise TypeError(
-            "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
-            f"got {type(ds).__name__}"
-        )
-    space = build_parameter_space(fitted.parameters, fitted.defaults, p0, bounds, fixed)
-    result = _fit(source, fitted, space, absolute_sigma, nan_policy, client, config, callback)
-    result.diagnostics["time_axes"] = time_axes
-    return result
+    rows = resolve_dataset(
+        ds,
+        model,
+        y=y,
+        x=x,
+        sigma=sigma,
+        where=where,
+        time_units=time_units,
+        jac=jac,
+        claimed=claimed_names(p0, bounds, fixed),
+        storage_options=storage_options,
+    )
+    space = build_parameter_space(rows.model.parameters, rows.model.defaults, p0, bounds, fixed)
+    return optimizer.fit_rows(
+        rows,
+        space,
+        absolute_sigma=absolute_sigma,
+        nan_policy=nan_policy,
+        client=client,
+        callback=callback,
+    )
 
 
 def curve_fit(
@@ -254,11 +236,20 @@ def curve_fit(
     scipy.optimize.OptimizeWarning
         If the covariance could not be estimated.
     """
-    config = _with_scipy_options(_require_config(config), kwargs)
+    optimizer = AdaptiveHybridStreamingOptimizer(
+        _with_scipy_options(require_config(config), kwargs)
+    )
     require_client(client)
     source = build_array_source(xdata, ydata, sigma)
-    fitted = _array_model(f, source, p0, bounds, jac, stack=np.ndim(xdata) != 1)
-    space = build_parameter_space(fitted.parameters, {}, p0, bounds, start_within=_scipy_start)
+    rows = resolve_arrays(
+        source,
+        f,
+        p0=p0,
+        bounds=bounds,
+        stack_axis=0 if np.ndim(xdata) != 1 else None,
+        jac=jac,
+    )
+    space = build_parameter_space(rows.model.parameters, {}, p0, bounds, start_within=_scipy_start)
     method = _require_method(method, space)
     if method == "lm" and space.size > source.num_rows:
         raise TypeError(
@@ -270,7 +261,9 @@ def curve_fit(
     if refuses:
         require_finite(source)
     policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
-    result = _fit(source, fitted, space, absolute_sigma, policy, client, config, None)
+    result = optimizer.fit_rows(
+        rows, space, absolute_sigma=absolute_sigma, nan_policy=policy, client=client
+    )
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
     if result.status is Status.UNIDENTIFIED:
@@ -279,105 +272,6 @@ def curve_fit(
         return result.popt, result.pcov
     information = {"nfev": result.num_passes, "result": result}
     return result.popt, result.pcov, information, result.message, 1 if result.success else 4
-
-
-def _fit(
-    source: Source,
-    model: Model,
-    space: ParameterSpace,
-    absolute_sigma: bool,
-    nan_policy: NanPolicy,
-    client: Any,
-    config: HybridStreamingConfig,
-    callback: Callback | None,
-) -> FitResult:
-    """Check what can be checked without data, choose where to compute, and fit."""
-    if isinstance(source, GridSource):
-        plan, source = plan_leaves(source, space.num_free, config.chunk_size)
-    else:
-        _require_chunks(source)
-        plan = plan_chunks(source, space.num_free)
-    y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
-    check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
-    problem = Problem(
-        model=model,
-        space=space,
-        source=source,
-        plan=plan,
-        absolute_sigma=absolute_sigma,
-    )
-    evaluator = _choose_evaluator(problem, config, client)
-    try:
-        result = fit_problem(problem, evaluator, config, nan_policy, callback)
-    finally:
-        evaluator.close()
-    for text in result.diagnostics["warnings"]:
-        warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
-    return result
-
-
-def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
-    if client is None:
-        client = active_client()
-        work = problem.source.num_rows * (problem.space.num_free + 1)
-        is_small = work < _IN_PROCESS_ROW_PARAMETERS
-        if client is None or is_small or is_in_memory(problem):
-            return LocalEvaluator(problem, config)
-    return ClusterEvaluator(problem, config, client)
-
-
-def _trial_shapes(source: Source, longest: int) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Shapes with the source's pattern of broadcasting, to trace the model with.
-
-    Every length is larger than any of a parameter, so that neither passes for the other.
-    """
-    first = longest + 101  # and unlike the lengths of a model's own constants
-    if not isinstance(source, GridSource):
-        return (first,), [(first,) for _ in source.variables]
-    lengths = dict(zip(source.dims, itertools.count(first), strict=False))
-    shapes = [
-        tuple(lengths[dim] if dim in column.dims else 1 for dim in source.dims)
-        for column in source.x
-    ]
-    return tuple(lengths.values()), shapes
-
-
-def _array_model(
-    f: ModelFunction,
-    source: GridSource,
-    p0: Any,
-    bounds: BoundsLike,
-    jac: ModelFunction | None,
-    stack: bool,
-) -> Model:
-    """SciPy's reading of a signature: the first argument is `x`, the rest are parameters."""
-    function = unwrap_jit(f)
-    names, has_varargs, _ = parameter_names(function)
-    parameters = names[1:]
-    if has_varargs:
-        count = _count_from(p0, bounds)
-        if count is None:
-            raise ValueError("Unable to determine number of fit parameters.")
-        parameters = tuple(f"p{i}" for i in range(count))
-    elif len(names) < 2:
-        raise ValueError("Unable to determine number of fit parameters.")
-    return Model(
-        function=function,
-        variables=source.variables,
-        parameters=parameters,
-        jac=require_jac(jac),
-        stack_variables=stack,
-    )
-
-
-def _count_from(p0: Any, bounds: BoundsLike) -> int | None:
-    if p0 is not None:
-        return int(np.size(p0))
-    pair = (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else bounds
-    if isinstance(pair, Mapping) or not isinstance(pair, Sized):
-        return None
-    sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
-    return max(sizes) if sizes else None
 
 
 def _scipy_start(lower: Vector, upper: Vector) -> Vector:
@@ -405,14 +299,6 @@ def _with_scipy_options(
     return replace(config, **given)
 
 
-def _require_config(config: HybridStreamingConfig | None) -> HybridStreamingConfig:
-    if config is None:
-        return HybridStreamingConfig()
-    if not isinstance(config, HybridStreamingConfig):
-        raise TypeError(f"`config` must be a HybridStreamingConfig, got {config!r}")
-    return config
-
-
 def _require_method(method: str | None, space: ParameterSpace) -> str:
     is_bounded = bool(np.isfinite(space.lower).any() or np.isfinite(space.upper).any())
     if method is None:
@@ -425,29 +311,6 @@ def _require_method(method: str | None, space: ParameterSpace) -> str:
     return method
 
 
-def _require_callable_or_none(name: str, value: Any) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"`{name}` must be callable, got {value!r}")
-
-
 def _require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
-
-
-def _require_absent(kind: str, **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"`{name}` must not be given with {kind}, which supplies it itself")
-
-
-def _require_chunks(source: Source) -> None:
-    if source.num_chunks < 1:
-        raise ValueError(f"`ds` must have at least one chunk, got {source.num_chunks}")
-
-
-def _claimed(p0: StartsLike, bounds: BoundsLike, fixed: object) -> set[Any]:
-    """Names that an argument uses for parameters."""
-    held = set(fixed) if isinstance(fixed, Iterable) and not isinstance(fixed, str) else {fixed}
-    named = [given for given in (p0, bounds) if isinstance(given, Mapping)]
-    return held.union(*named)

@@ -31,8 +31,9 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 class Model:
     """An elementwise, pure function of variables and parameters, as JAX sees it.
 
-    ``function(*variables, *parameters)``. With `stack_variables` the variables arrive as one
-    array with a leading axis, SciPy's layout for several variables.
+    ``function(*variables, *parameters)``. With `stack_axis` the variables arrive as one array
+    with an axis for them: the first in SciPy's layout, ``(variables, m)``, the last in NLSQ's,
+    ``(m, variables)``.
     """
 
     function: ModelFunction
@@ -40,7 +41,7 @@ class Model:
     parameters: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     jac: ModelFunction | None = None
-    stack_variables: bool = False
+    stack_axis: int | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +54,9 @@ class Model:
         return self._with_jac(tuple(x), tuple(params))
 
     def _variables(self, x: Sequence[Array]) -> Sequence[Array]:
-        return (jnp.stack(jnp.broadcast_arrays(*x)),) if self.stack_variables else x
+        if self.stack_axis is None:
+            return x
+        return (jnp.stack(jnp.broadcast_arrays(*x), axis=self.stack_axis),)
 
     def _with_jac(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Array:
         @jax.custom_jvp

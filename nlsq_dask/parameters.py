@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,7 +16,15 @@ from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import LengthError
 from nlsq_dask.ties import Tie, order_ties
 
-__all__ = ["BoundsLike", "ParameterSpace", "StartsLike", "build_parameter_space", "strictly_inside"]
+__all__ = [
+    "BoundsLike",
+    "ParameterSpace",
+    "StartsLike",
+    "build_parameter_space",
+    "claimed_names",
+    "count_parameters",
+    "strictly_inside",
+]
 
 StartsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Vector | None
 BoundsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Bounds | None
@@ -210,6 +218,24 @@ def _follow(names: Sequence[str], starts: Sequence[Vector], ties: Sequence[Tie])
             value = np.asarray(tie(values))
         values[tie.parameter] = _finite_array(f"ties[{tie.parameter!r}]", value)
     return list(values.values())
+
+
+def count_parameters(p0: StartsLike, bounds: BoundsLike) -> int | None:
+    """How many parameters `p0` or `bounds` speak of, where a signature does not say."""
+    if p0 is not None:
+        return len(p0) if isinstance(p0, Mapping) else int(np.size(np.asarray(p0)))
+    pair = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else bounds
+    if isinstance(pair, Mapping) or not isinstance(pair, Sized):
+        return None
+    sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
+    return max(sizes) if sizes else None
+
+
+def claimed_names(p0: StartsLike, bounds: BoundsLike, fixed: object = ()) -> set[Any]:
+    """Names that an argument uses for parameters."""
+    held = set(fixed) if isinstance(fixed, Iterable) and not isinstance(fixed, str) else {fixed}
+    named = [given for given in (p0, bounds) if isinstance(given, Mapping)]
+    return held.union(*named)
 
 
 def _resolve_starts(

@@ -23,6 +23,7 @@ from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.objective import FullObjective
 from nlsq_dask.problem import Problem
+from nlsq_dask.residuals import Residuals
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.trust_region import State
@@ -108,6 +109,7 @@ def build_result(course: Course, state: State) -> FitResult:
             "warnings": texts,
             "notes": worries,
         },
+        fun=Residuals(problem=problem, params=space.expand(state.params)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +12,34 @@ import scipy.special
 import xarray as xr
 
 from nlsq_dask._typing import Float, Shape
+from nlsq_dask.residuals import Residuals
 from nlsq_dask.status import Status
+from nlsq_dask.streaming import streaming_diagnostics
 from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["FitResult"]
 
+# What NLSQ's results answer to, and the attribute that is meant.
+_NLSQ_KEYS = {
+    "x": "popt",
+    "success": "success",
+    "message": "message",
+    "fun": "fun",
+    "pcov": "pcov",
+    "perr": "perr",
+    "popt": "popt",
+    "streaming_diagnostics": "streaming_diagnostics",
+}
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FitResult:
+class FitResult(Mapping[str, Any]):
     """Parameters, their uncertainty, and how the fit came to them.
+
+    A mapping too: ``result["rate"]`` is a parameter, by the name that the model gives it and
+    in its own shape; ``result["x"]``, ``"success"``, ``"message"``, ``"fun"``, ``"pcov"``,
+    ``"perr"``, ``"popt"`` and ``"streaming_diagnostics"`` are what NLSQ calls so. Where a
+    parameter has one of those names, the parameter is meant; they are attributes as well.
 
     Attributes
     ----------
@@ -57,6 +77,9 @@ class FitResult:
         One for each pass.
     diagnostics : dict
         The sample, the optima that competed, the plan, memory, timings, versions.
+    fun : Residuals, optional
+        ``y - model`` over all rows, computed when asked for: an array to NumPy. It needs the
+        data, so that a result that was pickled has None.
     """
 
     popt: Float[np.ndarray, " n"]
@@ -85,6 +108,13 @@ class FitResult:
     covariance_kind: str
     history: tuple[IterationRecord, ...] = field(repr=False)
     diagnostics: dict[str, Any] = field(repr=False)
+    fun: Residuals | None = field(default=None, repr=False)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__  # a mapping's would compare arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "fun": None}
 
     # -- parameters
 
@@ -112,15 +142,34 @@ class FitResult:
         scale = np.where(usable, errors, np.nan)
         return self.covariance.copy(data=self.pcov / np.outer(scale, scale)).rename("correlation")
 
-    def __getitem__(self, name: str) -> Float[np.ndarray, ...]:
-        """A parameter by the name that the model gives it, in its own shape."""
+    # -- as a mapping
+
+    def __getitem__(self, name: str) -> Any:
         start = 0
         for known, shape in self.shapes.items():
             size = int(np.prod(shape))
             if known == name:
                 return self.popt[start : start + size].reshape(shape)
             start += size
+        if name in _NLSQ_KEYS:
+            return getattr(self, _NLSQ_KEYS[name])
         raise KeyError(f"{name!r} is not a parameter; there are {list(self.shapes)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**_NLSQ_KEYS, **self.shapes})
+
+    def __len__(self) -> int:
+        return len({**_NLSQ_KEYS, **self.shapes})
+
+    @property
+    def x(self) -> Float[np.ndarray, " n"]:
+        """`popt`, as SciPy's and NLSQ's results call it."""
+        return self.popt
+
+    @property
+    def streaming_diagnostics(self) -> dict[str, Any]:
+        """The course of the fit in NLSQ's words: timings and iterations by phase."""
+        return streaming_diagnostics(self.diagnostics, self.history)
 
     # -- how good
 

@@ -13,7 +13,7 @@ from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
 from nlsq_dask.sources.grid import GridSource
 
-__all__ = ["build_array_source", "require_finite"]
+__all__ = ["build_array_source", "build_row_source", "require_finite"]
 
 _DIM = "row"
 
@@ -28,18 +28,39 @@ def build_array_source(xdata: Any, ydata: Any, sigma: Any = None) -> GridSource:
     DataError
         If there are no rows.
     """
-    y = _column("ydata", ydata)
+    return _build(("xdata", _variables(xdata)), ("ydata", ydata), sigma)
+
+
+def build_row_source(x: Any, y: Any, sigma: Any = None) -> tuple[GridSource, bool]:
+    """Rows of `x` of shape ``(m,)`` or ``(m, variables)``, and whether it is the latter.
+
+    Raises
+    ------
+    ValueError, DataError
+        As `build_array_source`.
+    """
+    array = x if is_dask_array(x) else np.asarray(x)
+    if array.ndim not in (1, 2):
+        raise ValueError(
+            f"`x` must have shape (m,) or (m, variables), got shape {tuple(array.shape)}"
+        )
+    variables = [array] if array.ndim == 1 else list(array.T)
+    return _build(("x", variables), ("y", y), sigma), array.ndim == 2
+
+
+def _build(named_x: tuple[str, Sequence[Any]], named_y: tuple[str, Any], sigma: Any) -> GridSource:
+    (x_name, parts), (y_name, values) = named_x, named_y
+    y = _column(y_name, values)
     if len(y.shape) != 1:
-        raise ValueError(f"`ydata` must be 1-d, got shape {y.shape}")
+        raise ValueError(f"`{y_name}` must be 1-d, got shape {y.shape}")
     if y.shape[0] == 0:
-        raise DataError("`ydata` must not be empty!")
-    parts = _variables(xdata)
-    x = tuple(_column("xdata", part) for part in parts)
+        raise DataError(f"`{y_name}` must not be empty!")
+    x = tuple(_column(x_name, part) for part in parts)
     scale = None if sigma is None else _sigma(sigma, y.shape[0])
-    for name, column in (*(("xdata", column) for column in x), ("sigma", scale)):
+    for name, column in (*((x_name, column) for column in x), ("sigma", scale)):
         if column is not None and column.shape != y.shape:
             raise ValueError(
-                f"`{name}` must have as many rows as `ydata`, {y.shape[0]}, "
+                f"`{name}` must have as many rows as `{y_name}`, {y.shape[0]}, "
                 f"got shape {column.shape}"
             )
     return GridSource(

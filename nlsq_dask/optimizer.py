@@ -1,0 +1,361 @@
+"""The one optimizer behind every door: where to compute, and the phases there."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+
+from nlsq_dask._typing import ModelFunction, Shape, Vector
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
+from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
+from nlsq_dask.model import check_traceable
+from nlsq_dask.parameters import (
+    BoundsLike,
+    ParameterSpace,
+    StartsLike,
+    build_parameter_space,
+    claimed_names,
+)
+from nlsq_dask.phases import NanPolicy, fit_problem
+from nlsq_dask.plan import plan_chunks, plan_leaves
+from nlsq_dask.problem import Problem
+from nlsq_dask.resolve import ModelledRows, resolve_arrays, resolve_dataset
+from nlsq_dask.result import FitResult
+from nlsq_dask.sources.arrays import build_row_source
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.streaming import PHASE_NAMES, phase_history
+from nlsq_dask.telemetry import Callback
+
+__all__ = ["AdaptiveHybridStreamingOptimizer", "require_callback", "require_config"]
+
+# Less work than this in a pass is done sooner in this process than sent to a cluster.
+_IN_PROCESS_ROW_PARAMETERS = 5e6
+
+
+class AdaptiveHybridStreamingOptimizer:
+    """A sample's optimum first, then a trust region over all rows: the fit of this package.
+
+    `fit_dataset` and `curve_fit` are doors to it. It keeps nothing but its configuration and
+    the last result.
+
+    Parameters
+    ----------
+    config : HybridStreamingConfig, optional
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, numpy as np
+    >>> def decay(x, amplitude, rate):
+    ...     return amplitude * jnp.exp(-rate * x)
+    >>> x = np.linspace(0.0, 10.0, 1000)
+    >>> optimizer = AdaptiveHybridStreamingOptimizer()
+    >>> result = optimizer.fit((x, 2.0 * np.exp(-0.5 * x)), decay, p0=[1.0, 1.0])
+    >>> bool(np.allclose(result.popt, [2.0, 0.5]))
+    True
+    """
+
+    def __init__(self, config: HybridStreamingConfig | None = None) -> None:
+        self._config = require_config(config)
+        self._result: FitResult | None = None
+
+    @property
+    def config(self) -> HybridStreamingConfig:
+        return self._config
+
+    # -- fits
+
+    def fit(
+        self,
+        data_source: Any = None,
+        func: ModelFunction | None = None,
+        p0: StartsLike = None,
+        bounds: BoundsLike = None,
+        sigma: Any = None,
+        absolute_sigma: bool = False,
+        callback: Callback | None = None,
+        verbose: int | None = None,
+        *,
+        model: ModelFunction | None = None,
+        x_data: Any = None,
+        y_data: Any = None,
+        client: Any = None,
+    ) -> FitResult:
+        """Fit a function to rows: ``fit(data, func, p0)`` or ``fit(model=, x_data=, y_data=)``.
+
+        Parameters
+        ----------
+        data_source : tuple, Dataset, str, path, zarr store or Source, optional
+            ``(x, y)`` or ``(x, y, sigma)`` of arrays or Dask arrays, rows first: `x` of shape
+            ``(m,)`` or ``(m, variables)``. Or what `fit_dataset` takes, whose variables are
+            arguments of `func` by name.
+        func, model : callable
+            ``func(x, p1, p2, …)`` in JAX's NumPy; `x` arrives as it is given, ``(rows,)`` or
+            ``(rows, variables)``. Either name will do, but not both.
+        p0 : sequence or mapping, optional
+            Starts. By default the function's own, else 1 clipped into the bounds.
+        bounds : ``(lower, upper)``, mapping by name or `scipy.optimize.Bounds`, optional
+        sigma : scalar or ``(m,)``, optional
+            Standard deviations of `y`; the name of a variable for a dataset.
+        absolute_sigma : bool
+            Whether `sigma` is known, or only its ratios count.
+        callback : callable, optional
+            Called with an `IterationRecord` after each pass; raising StopIteration ends the fit.
+        verbose : {0, 1, 2}, optional
+            Instead of the configuration's, for this fit.
+        x_data, y_data : arrays
+            In place of `data_source`. Beside a dataset, the names of its variables.
+        client : distributed.Client, optional
+            As in `fit_dataset`.
+
+        Returns
+        -------
+        FitResult
+            A fit that did not converge is returned too, and says so.
+
+        Raises
+        ------
+        ModelError, ValueError, TypeError, DataError, MemoryProjectionError
+            As `fit_dataset`.
+        """
+        require_callback(callback)
+        require_client(client)
+        function = _require_one("func", func, "model", model)
+        rows = _resolve(data_source, function, p0, bounds, sigma, x_data, y_data)
+        space = build_parameter_space(rows.model.parameters, rows.model.defaults, p0, bounds)
+        return self.fit_rows(
+            rows,
+            space,
+            absolute_sigma=absolute_sigma,
+            client=client,
+            callback=callback,
+            verbose=verbose,
+        )
+
+    def fit_rows(
+        self,
+        rows: ModelledRows,
+        space: ParameterSpace,
+        *,
+        absolute_sigma: bool = False,
+        nan_policy: NanPolicy = "omit",
+        client: Any = None,
+        callback: Callback | None = None,
+        verbose: int | None = None,
+    ) -> FitResult:
+        """Check what can be checked without data, choose where to compute, and fit."""
+        config = self._config if verbose is None else replace(self._config, verbose=verbose)
+        problem = _build_problem(rows, space, absolute_sigma, config.chunk_size)
+        evaluator = _choose_evaluator(problem, config, client)
+        try:
+            result = fit_problem(problem, evaluator, config, nan_policy, callback)
+        finally:
+            evaluator.close()
+        result.diagnostics["time_axes"] = dict(rows.time_axes)
+        self._result = result
+        for text in result.diagnostics["warnings"]:
+            warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
+        return result
+
+    def set_residual_weights(self, weights: Sequence[float]) -> None:
+        """Weight the squared residuals by group from the next fit on.
+
+        Parameters
+        ----------
+        weights : sequence of float
+            One for each group; the group of a row is the integer in its first variable.
+        """
+        self._config = replace(
+            self._config,
+            enable_residual_weighting=True,
+            residual_weights=tuple(weights),
+        )
+
+    # -- the last fit, in NLSQ's words
+
+    @property
+    def current_phase(self) -> int:
+        """0 before a fit, 3 after: all phases run in every fit."""
+        return 0 if self._result is None else len(PHASE_NAMES) - 1
+
+    @property
+    def phase_history(self) -> list[dict[str, Any]]:
+        """For each phase ``phase, phase_name, seconds, iterations``; empty before a fit."""
+        if self._result is None:
+            return []
+        return phase_history(self._result.diagnostics, self._result.history)
+
+    @property
+    def phase_status(self) -> dict[str, Any]:
+        """``current_phase, phase_name, phase_history, total_phases``."""
+        return {
+            "current_phase": self.current_phase,
+            "phase_name": PHASE_NAMES[self.current_phase],
+            "phase_history": self.phase_history,
+            "total_phases": len(PHASE_NAMES),
+        }
+
+    @property
+    def normalizer(self) -> Any:
+        """The `ParameterNormalizer` of the warmup; None before a fit, or without one."""
+        return self._diagnostics.get("warmup", {}).get("normalizer")
+
+    @property
+    def normalized_bounds(self) -> Any:
+        """The bounds in the warmup's normalized parameters."""
+        normalizer = self.normalizer
+        return None if normalizer is None else normalizer.bounds
+
+    @property
+    def normalization_jacobian(self) -> Any:
+        """The derivative of the parameters by the normalized ones."""
+        normalizer = self.normalizer
+        return None if normalizer is None else normalizer.jacobian
+
+    @property
+    def best_params_global(self) -> Vector | None:
+        """The best parameters that the last fit evaluated over all rows."""
+        return None if self._result is None else self._result.popt
+
+    @property
+    def best_cost_global(self) -> float:
+        """``F`` there; infinite before a fit."""
+        return np.inf if self._result is None else self._result.cost
+
+    @property
+    def multistart_diagnostics(self) -> dict[str, Any] | None:
+        """How the starts fared; None before a fit, or without multistart."""
+        return self._diagnostics.get("multistart")
+
+    @property
+    def _diagnostics(self) -> dict[str, Any]:
+        return {} if self._result is None else self._result.diagnostics
+
+
+# -- what is given
+
+
+def _resolve(
+    data: Any,
+    function: ModelFunction,
+    p0: StartsLike,
+    bounds: BoundsLike,
+    sigma: Any,
+    x_data: Any,
+    y_data: Any,
+) -> ModelledRows:
+    if data is not None and not isinstance(data, tuple | list):
+        return resolve_dataset(
+            data,
+            function,
+            y=y_data,
+            x=x_data,
+            sigma=sigma,
+            claimed=claimed_names(p0, bounds),
+        )
+    x, y, sigma = _arrays(data, sigma, x_data, y_data)
+    source, is_stacked = build_row_source(x, y, sigma)
+    return resolve_arrays(
+        source,
+        function,
+        p0=p0,
+        bounds=bounds,
+        stack_axis=-1 if is_stacked else None,
+    )
+
+
+def _arrays(data: Any, sigma: Any, x_data: Any, y_data: Any) -> tuple[Any, Any, Any]:
+    """``x, y, sigma`` of one of the two ways to give them."""
+    if data is None:
+        if x_data is None or y_data is None:
+            raise TypeError("`fit` must be given `data_source`, or both `x_data` and `y_data`")
+        return x_data, y_data, sigma
+    if x_data is not None or y_data is not None:
+        raise TypeError("`x_data` and `y_data` must not be given beside arrays in `data_source`")
+    if len(data) not in (2, 3):
+        raise ValueError(f"`data_source` must be (x, y) or (x, y, sigma), got {len(data)} parts")
+    if len(data) == 2:
+        return data[0], data[1], sigma
+    if sigma is not None:
+        raise ValueError("`sigma` must be given once, got it also as the third of `data_source`")
+    return data[0], data[1], data[2]
+
+
+def _require_one(
+    first: str, one: ModelFunction | None, second: str, other: ModelFunction | None
+) -> ModelFunction:
+    given = one if other is None else other
+    if given is None or (one is not None and other is not None):
+        raise TypeError(f"`{first}` or `{second}` must be given, and not both")
+    return given
+
+
+def require_config(config: HybridStreamingConfig | None) -> HybridStreamingConfig:
+    if config is None:
+        return HybridStreamingConfig()
+    if not isinstance(config, HybridStreamingConfig):
+        raise TypeError(f"`config` must be a HybridStreamingConfig, got {config!r}")
+    return config
+
+
+def require_callback(callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback` must be callable, got {callback!r}")
+
+
+# -- the problem, and where it is computed
+
+
+def _build_problem(
+    rows: ModelledRows, space: ParameterSpace, absolute_sigma: bool, chunk_size: int | None
+) -> Problem:
+    source, model = rows.source, rows.model
+    if isinstance(source, GridSource):
+        plan, source = plan_leaves(source, space.num_free, chunk_size)
+    else:
+        _require_chunks(source)
+        plan = plan_chunks(source, space.num_free)
+    y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
+    check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
+    return Problem(
+        model=model, space=space, source=source, plan=plan, absolute_sigma=absolute_sigma
+    )
+
+
+def _require_chunks(source: Source) -> None:
+    if source.num_chunks < 1:
+        raise ValueError(f"`ds` must have at least one chunk, got {source.num_chunks}")
+
+
+def _trial_shapes(source: Source, longest: int) -> tuple[Shape, list[Shape]]:
+    """Shapes with the source's pattern of broadcasting, to trace the model with.
+
+    Every length is larger than any of a parameter, so that neither passes for the other.
+    """
+    first = longest + 101  # and unlike the lengths of a model's own constants
+    if not isinstance(source, GridSource):
+        return (first,), [(first,) for _ in source.variables]
+    lengths = dict(zip(source.dims, itertools.count(first), strict=False))
+    shapes = [
+        tuple(lengths[dim] if dim in column.dims else 1 for dim in source.dims)
+        for column in source.x
+    ]
+    return tuple(lengths.values()), shapes
+
+
+def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
+    if client is None:
+        client = active_client()
+        work = problem.source.num_rows * (problem.space.num_free + 1)
+        is_small = work < _IN_PROCESS_ROW_PARAMETERS
+        if client is None or is_small or is_in_memory(problem):
+            return LocalEvaluator(problem, config)
+    return ClusterEvaluator(problem, config, client)

@@ -1,0 +1,125 @@
+"""What a user calls data and a model, as rows and a model of them. Nothing is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import xarray as xr
+from zarr.abc.store import Store as ZarrStore
+
+from nlsq_dask._typing import ModelFunction
+from nlsq_dask.model import Model, build_model, parameter_names, require_jac, unwrap_jit
+from nlsq_dask.parameters import BoundsLike, StartsLike, count_parameters
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.stores import open_store
+from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+
+__all__ = ["DatasetLike", "ModelledRows", "resolve_arrays", "resolve_dataset"]
+
+DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelledRows:
+    """Rows, the model of them, and how times among their variables became numbers."""
+
+    source: Source
+    model: Model
+    time_axes: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve_dataset(
+    ds: DatasetLike,
+    function: ModelFunction,
+    *,
+    y: str | xr.DataArray | None = None,
+    x: str | Sequence[str] | None = None,
+    sigma: str | xr.DataArray | None = None,
+    where: str | xr.DataArray | None = None,
+    time_units: str | None = None,
+    jac: ModelFunction | None = None,
+    claimed: Collection[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
+) -> ModelledRows:
+    """Rows of a dataset, a store or a source, whose variables are arguments by name.
+
+    `claimed` are names that are parameters, whatever `ds` has.
+
+    Raises
+    ------
+    ModelError, ValueError, TypeError
+        If an argument is not as `fit_dataset` requires.
+    StoreNotFoundError
+        If there is no store.
+    """
+    if isinstance(ds, str | os.PathLike | ZarrStore):
+        ds = open_store(ds, storage_options)
+    elif storage_options is not None:
+        raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
+    if isinstance(ds, xr.Dataset):
+        model = build_model(function, known_names(ds), x, claimed, jac)
+        roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where)
+        source, axes = build_dataset_source(ds, roles, time_units)
+        units = {name: axis.units for name, axis in axes.items()}
+        return ModelledRows(source=source, model=model, time_axes=units)
+    if isinstance(ds, Source):
+        _require_absent("a Source", y=y, sigma=sigma, where=where, time_units=time_units)
+        model = build_model(function, ds.variables, ds.variables if x is None else x, claimed, jac)
+        return ModelledRows(source=ds, model=model)
+    raise TypeError(
+        "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
+        f"got {type(ds).__name__}"
+    )
+
+
+def resolve_arrays(
+    source: GridSource,
+    function: ModelFunction,
+    *,
+    p0: StartsLike,
+    bounds: BoundsLike,
+    stack_axis: int | None,
+    jac: ModelFunction | None = None,
+) -> ModelledRows:
+    """SciPy's reading of a signature: the first argument is `x`, the rest are parameters.
+
+    Parameters
+    ----------
+    source : GridSource
+    function : callable
+        ``function(x, p1, p2, …)``, or ``function(x, *p)``.
+    p0, bounds
+        They say how many parameters there are where the signature does not.
+    stack_axis : int, optional
+        The axis of `x` along which the variables lie; None for one variable, as it is.
+    jac : callable, optional
+    """
+    function = unwrap_jit(function)
+    names, has_varargs, defaults = parameter_names(function)
+    parameters = names[1:]
+    if has_varargs:
+        count = count_parameters(p0, bounds)
+        if count is None:
+            raise ValueError("Unable to determine number of fit parameters.")
+        parameters = tuple(f"p{i}" for i in range(count))
+    elif len(names) < 2:
+        raise ValueError("Unable to determine number of fit parameters.")
+    model = Model(
+        function=function,
+        variables=source.variables,
+        parameters=parameters,
+        defaults={name: defaults[name] for name in parameters if name in defaults},
+        jac=require_jac(jac),
+        stack_axis=stack_axis,
+    )
+    return ModelledRows(source=source, model=model)
+
+
+def _require_absent(kind: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` must not be given with {kind}, which supplies it itself")
