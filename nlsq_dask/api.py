@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import warnings
@@ -306,11 +307,8 @@ def _fit(
         plan=plan,
         absolute_sigma=absolute_sigma,
     )
-    evaluator = _choose_evaluator(problem, config, client)
-    try:
-        result = fit_problem(problem, evaluator, config, nan_policy, callback)
-    finally:
-        evaluator.close()
+    open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
+    result = fit_problem(problem, open_evaluator, config, nan_policy, callback)
     for text in result.diagnostics["warnings"]:
         warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
     return result

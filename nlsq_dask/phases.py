@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.report import Course, Gate, build_result
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample, draw_sample
+from nlsq_dask.session import Session
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
@@ -35,12 +37,14 @@ _LOGGER = logging.getLogger("nlsq_dask")
 
 def fit_problem(
     problem: Problem,
-    evaluator: Evaluator,
+    open_evaluator: Callable[[], Evaluator],
     config: HybridStreamingConfig,
     nan_policy: NanPolicy = "omit",
     callback: Callback | None = None,
 ) -> FitResult:
     """Fit a problem that was checked at the edge.
+
+    `open_evaluator` is called once here, and again where more is asked of the result.
 
     Raises
     ------
@@ -51,7 +55,15 @@ def fit_problem(
     MemoryProjectionError
         If the plan does not fit the workers.
     """
-    return _Fit(problem, evaluator, config, nan_policy, callback).run()
+    with contextlib.closing(open_evaluator()) as evaluator:
+        course, state = _Fit(problem, evaluator, config, nan_policy, callback).run()
+        session = Session(
+            problem=problem,
+            config=config,
+            open_evaluator=open_evaluator,
+            fill=course.sample.fill,
+        )
+        return build_result(course, state, session)
 
 
 class _Fit:
@@ -72,7 +84,7 @@ class _Fit:
         self._seconds: dict[str, float] = {}
         self._history: list[IterationRecord] = []
 
-    def run(self) -> FitResult:
+    def run(self) -> tuple[Course, State]:
         memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
         self._check_model(sample)
@@ -104,7 +116,7 @@ class _Fit:
             history=tuple(self._history),
             seconds=self._seconds,
         )
-        return build_result(course, state)
+        return course, state
 
     def _check_model(self, sample: Sample) -> None:
         """See that the model is elementwise, at `p0` and beside it.

@@ -18,6 +18,7 @@ from nlsq_dask.objective import FullObjective
 from nlsq_dask.problem import Problem
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample
+from nlsq_dask.session import Session
 from nlsq_dask.solvers.trust_region import State
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
@@ -55,7 +56,7 @@ class Course:
         return for_sample + sum(done.bytes_read for done in self.full.passes)
 
 
-def build_result(course: Course, state: State) -> FitResult:
+def build_result(course: Course, state: State, session: Session) -> FitResult:
     """The result at the best point evaluated, with the covariance of its normal equations."""
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
@@ -85,6 +86,7 @@ def build_result(course: Course, state: State) -> FitResult:
         absolute_sigma=problem.absolute_sigma,
         history=course.history,
         diagnostics=_diagnostics(course, state, covariance),
+        session=session,
     )
 
 

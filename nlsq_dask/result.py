@@ -11,6 +11,8 @@ import scipy.special
 import xarray as xr
 
 from nlsq_dask._typing import Float, Shape
+from nlsq_dask.errors import SessionError
+from nlsq_dask.session import Session
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
 
@@ -54,6 +56,9 @@ class FitResult:
         One for each pass.
     diagnostics : dict
         The sample, the optima that competed, the plan, memory, timings, versions.
+    session : Session, optional
+        The way back to the rows, for what takes more passes. It is not pickled: a result from a
+        file or another process has None.
     """
 
     popt: Float[np.ndarray, " n"]
@@ -77,6 +82,19 @@ class FitResult:
     absolute_sigma: bool
     history: tuple[IterationRecord, ...] = field(repr=False)
     diagnostics: dict[str, Any] = field(repr=False)
+    session: Session | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "session": None}
+
+    def require_session(self, purpose: str) -> Session:
+        """The session, or an error that says how to get one."""
+        if self.session is None:
+            raise SessionError(
+                f"{purpose} must read the data again, and this result came from a file or another "
+                "process; fit the same data with p0=result.popt in this process first"
+            )
+        return self.session
 
     # -- parameters
 

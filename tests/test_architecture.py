@@ -23,7 +23,7 @@ ORDER = [
     {"problem"},
     {"evaluate.tree", "evaluate.ownership"},
     {"evaluate.base"},
-    {"evaluate.leaves"},
+    {"evaluate.leaves", "session"},
     {"evaluate.local", "evaluate.worker"},
     {"evaluate.cluster"},
     {"solvers.quadratic", "solvers.lbfgs"},
