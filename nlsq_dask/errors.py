@@ -8,6 +8,7 @@ __all__ = [
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
+    "SessionError",
     "StoreNotFoundError",
     "UntraceableModelError",
     "WorkerError",
@@ -28,6 +29,10 @@ class DataError(ValueError):
 
 class LengthError(ValueError, TypeError):
     """There are more or fewer values than parameters. SciPy has a TypeError for that."""
+
+
+class SessionError(RuntimeError):
+    """A result from a file or another process has no way back to the data."""
 
 
 class StoreNotFoundError(FileNotFoundError):

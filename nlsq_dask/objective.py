@@ -20,7 +20,8 @@ from nlsq_dask.evaluate.tree import Bins
 from nlsq_dask.kernels.build import build_linearisation, build_residuals
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import whole_tile
-from nlsq_dask.normal_equations import NormalEquations, ScoreSums, Sums
+from nlsq_dask.normal_equations import ScoreSums, Sums
+from nlsq_dask.penalised import evaluation_of
 from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
 from nlsq_dask.problem import Problem
@@ -183,30 +184,7 @@ class _SampleEvaluate:
         )
         sums = self.objective.sums(request, self.blocks)
         penalty = self.objective.penalty(self.blocks)
-        return _with_penalty(problem, penalty, params, whitening, sums.normal)
-
-
-def _with_penalty(
-    problem: Problem,
-    penalty: PenaltyRows,
-    params: Vector,
-    whitening: Float[np.ndarray, "k k"],
-    normal: NormalEquations,
-) -> Evaluation:
-    """Add the penalty's rows to the sums over the data, once."""
-    cost = 0.0
-    if not problem.penalties.is_empty:
-        inverse = np.linalg.solve(whitening, np.eye(len(whitening)))
-        rows = penalty.push(problem.space.tangents(params, inverse))
-        residual = penalty.residual(problem.space.expand(params))
-        cost = 0.5 * float(residual @ residual)
-        normal = replace(
-            normal,
-            gram=normal.gram + rows.T @ rows,
-            grad=normal.grad + rows.T @ residual,
-            cost=normal.cost + cost,
-        )
-    return Evaluation(params=params, whitening=whitening, normal=normal, penalty_cost=cost)
+        return evaluation_of(problem, penalty, params, whitening, sums.normal)
 
 
 @dataclass
@@ -254,7 +232,7 @@ class FullObjective:
                 float(cost) + float(penalty.cost(rival))
                 for cost, rival in zip(done.sums.rival_costs, everything, strict=True)
             )
-        evaluation = _with_penalty(self.problem, penalty, params, whitening, normal)
+        evaluation = evaluation_of(self.problem, penalty, params, whitening, normal)
         share = float(normal.num_rows) / max(self.sample.num_rows, 1)
         return replace(evaluation, curvature=share * self.sample.curvature(params, whitening))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -154,11 +155,8 @@ class AdaptiveHybridStreamingOptimizer:
         """Check what can be checked without data, choose where to compute, and fit."""
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
         problem = _build_problem(rows, space, absolute_sigma, config.chunk_size)
-        evaluator = _choose_evaluator(problem, config, client)
-        try:
-            result = fit_problem(problem, evaluator, config, nan_policy, callback)
-        finally:
-            evaluator.close()
+        open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
+        result = fit_problem(problem, open_evaluator, config, nan_policy, callback)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
         self._result = result
         for text in result.diagnostics["warnings"]:

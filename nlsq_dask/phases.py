@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from nlsq_dask.report import Course, Gate, build_result
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample, draw_sample
 from nlsq_dask.scale import estimate_f_scale
+from nlsq_dask.session import Session
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
@@ -39,12 +41,14 @@ _MIXED_CONDITION = 1e3
 
 def fit_problem(
     problem: Problem,
-    evaluator: Evaluator,
+    open_evaluator: Callable[[], Evaluator],
     config: HybridStreamingConfig,
     nan_policy: NanPolicy = "omit",
     callback: Callback | None = None,
 ) -> FitResult:
     """Fit a problem that was checked at the edge.
+
+    `open_evaluator` is called once here, and again where more is asked of the result.
 
     Raises
     ------
@@ -55,7 +59,15 @@ def fit_problem(
     MemoryProjectionError
         If the plan does not fit the workers.
     """
-    return _Fit(problem, evaluator, config, nan_policy, callback).run()
+    with contextlib.closing(open_evaluator()) as evaluator:
+        course, state = _Fit(problem, evaluator, config, nan_policy, callback).run()
+        session = Session(
+            problem=course.problem,
+            config=config,
+            open_evaluator=open_evaluator,
+            terms=course.full.sample.terms,
+        )
+        return build_result(course, state, session)
 
 
 class _Fit:
@@ -77,7 +89,7 @@ class _Fit:
         self._seconds: dict[str, float] = {}
         self._history: list[IterationRecord] = []
 
-    def run(self) -> FitResult:
+    def run(self) -> tuple[Course, State]:
         memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
         self._check_model(sample)
@@ -117,7 +129,7 @@ class _Fit:
             start_cost=start_cost,
             end_cost=end_cost,
         )
-        return build_result(course, state)
+        return course, state
 
     def _with_scale(self, on_sample: SampleObjective) -> SampleObjective:
         """The scale of the loss, as given or from the sample; frozen from here on."""

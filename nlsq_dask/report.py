@@ -22,10 +22,11 @@ from nlsq_dask.diagnostics import check_fit, describe_bins
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.objective import FullObjective
+from nlsq_dask.penalised import penalty_gram
 from nlsq_dask.problem import Problem
-from nlsq_dask.residuals import Residuals
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample
+from nlsq_dask.session import Session
 from nlsq_dask.solvers.trust_region import State
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
@@ -67,7 +68,7 @@ class Course:
         return for_sample + sum(done.bytes_read for done in self.full.passes)
 
 
-def build_result(course: Course, state: State) -> FitResult:
+def build_result(course: Course, state: State, session: Session) -> FitResult:
     """The result at the best point evaluated, with the covariance of its normal equations."""
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
@@ -109,7 +110,7 @@ def build_result(course: Course, state: State) -> FitResult:
             "warnings": texts,
             "notes": worries,
         },
-        fun=Residuals(problem=problem, params=space.expand(state.params)),
+        session=session,
     )
 
 
@@ -124,14 +125,13 @@ def _covariance(course: Course, state: State, num_rows: int) -> tuple[Covariance
     robust, texts = None, []
     if course.scores is not None:
         last = course.full.passes[-1].sums.normal
-        inverse = np.linalg.solve(state.whitening, np.eye(space.num_free))
-        penalty = problem.penalties.rows(num_rows).push(space.tangents(state.params, inverse))
-        penalty_gram = penalty.T @ penalty
+        rows = problem.penalties.rows(num_rows)
+        penalty = penalty_gram(problem, rows, state.params, state.whitening)
         robust, is_clamped = sandwich(
             course.scores,
             state.whitening,
-            penalty_gram,
-            np.asarray(last.gram) + penalty_gram,
+            penalty,
+            np.asarray(last.gram) + penalty,
             small_sample_factor(problem.covariance, num_rows, space.num_free, problem.num_clusters),
         )
         if is_clamped:

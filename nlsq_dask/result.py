@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import scipy.optimize
 import scipy.special
 import xarray as xr
 
 from nlsq_dask._typing import Float, Shape
+from nlsq_dask.errors import SessionError
+from nlsq_dask.profile import EndPoint, Minimum, profile_ends
 from nlsq_dask.residuals import Residuals
+from nlsq_dask.session import Session
 from nlsq_dask.status import Status
 from nlsq_dask.streaming import streaming_diagnostics
 from nlsq_dask.telemetry import IterationRecord
@@ -77,9 +82,9 @@ class FitResult(Mapping[str, Any]):
         One for each pass.
     diagnostics : dict
         The sample, the optima that competed, the plan, memory, timings, versions.
-    fun : Residuals, optional
-        ``y - model`` over all rows, computed when asked for: an array to NumPy. It needs the
-        data, so that a result that was pickled has None.
+    session : Session, optional
+        The way back to the rows, for what takes more passes. It is not pickled: a result from a
+        file or another process has None.
     """
 
     popt: Float[np.ndarray, " n"]
@@ -108,13 +113,28 @@ class FitResult(Mapping[str, Any]):
     covariance_kind: str
     history: tuple[IterationRecord, ...] = field(repr=False)
     diagnostics: dict[str, Any] = field(repr=False)
-    fun: Residuals | None = field(default=None, repr=False)
+    session: Session | None = field(default=None, repr=False, compare=False)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__  # a mapping's would compare arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "fun": None}
+        return {**self.__dict__, "session": None}
+
+    def require_session(self, purpose: str) -> Session:
+        """The session, or an error that says how to get one."""
+        if self.session is None:
+            raise SessionError(
+                f"{purpose} must read the data again, and this result came from a file or another "
+                "process; fit the same data with p0=result.popt in this process first"
+            )
+        return self.session
+
+    @property
+    def fun(self) -> Residuals:
+        """``y - model`` over all rows, computed when asked for: an array to NumPy."""
+        session = self.require_session("`fun`")
+        return Residuals(problem=session.problem, params=self.popt)
 
     # -- parameters
 
@@ -217,31 +237,144 @@ class FitResult(Mapping[str, Any]):
         chi2 = self.chi2
         return self.num_rows * math.log(chi2 / self.num_rows) if chi2 > 0 else -math.inf
 
-    def confidence_interval(self, level: float = 0.95) -> xr.DataArray:
-        """Intervals from the standard errors: Student's t, or normal for absolute sigma.
+    # -- how sure
+
+    def confidence_interval(
+        self,
+        level: float = 0.95,
+        method: Literal["asymptotic", "profile"] = "asymptotic",
+        params: str | Sequence[str] | None = None,
+    ) -> xr.DataArray:
+        """Intervals from the standard errors, or from the profile of the cost.
 
         Parameters
         ----------
         level : float
             Coverage, between 0 and 1.
+        method : {"asymptotic", "profile"}
+            ``popt ± t perr``: immediate, and right where the model is nearly linear over the
+            interval. Or the values at which the cost, minimised over all other parameters, is at
+            most ``t² s² / 2`` above its minimum; this takes passes over the data. `t` is the
+            quantile of Student's distribution with `dof` degrees of freedom, of the normal one
+            for absolute sigma (where s = 1); ``t²`` is that of F(1, `dof`).
+        params : str or sequence of str, optional
+            Names, of array parameters or of their elements. By default all.
 
         Returns
         -------
         xarray.DataArray
-            Dimensions ``param`` and ``side`` (lower, upper).
+            Dimensions ``param`` and ``side`` (lower, upper). By profile also a coordinate
+            ``status``, what is at each end, and ``attrs["num_passes"]``. An end is at the
+            parameter's bound where the profile does not reach the threshold before, and infinite
+            where it does not within 100 standard errors.
+
+        Raises
+        ------
+        ValueError
+            If `level`, `method` or `params` is not as above; by profile, if the data do not
+            determine every free parameter.
+        SessionError
+            By profile, if the result came from a file or another process.
+        DataError
+            By profile, if the data have changed since the fit.
+
+        Warns
+        -----
+        scipy.optimize.OptimizeWarning
+            If an end is infinite, or NaN because the cost is lower on the way than at `popt`.
+
+        Notes
+        -----
+        A profile takes one pass, and two to four for each end of most problems.
+
+        References
+        ----------
+        Venzon & Moolgavkar (1988), A method for computing profile-likelihood-based confidence
+        intervals, Applied Statistics 37, 87-94.
         """
         if not 0 < level < 1:
             raise ValueError(f"`level` must be between 0 and 1, got {level!r}")
+        if method not in ("asymptotic", "profile"):
+            raise ValueError(f"`method` must be 'asymptotic' or 'profile', got {method!r}")
+        chosen = self._positions(params)
         tail = 0.5 * (1 + level)
         if self.absolute_sigma:
             width = float(scipy.special.ndtri(tail))
         else:
             width = float(scipy.special.stdtrit(self.dof, tail)) if self.dof > 0 else np.inf
-        errors = self.perr
+        if method == "profile":
+            return self._profile_interval(chosen, width)
+        errors = self.perr[chosen]
         reach = np.where(errors > 0, errors, 0.0) * (width if np.isfinite(width) else 1.0)
+        center = self.popt[chosen]
+        return self._interval(chosen, np.stack([center - reach, center + reach], axis=-1))
+
+    def _profile_interval(self, chosen: Sequence[int], width: float) -> xr.DataArray:
+        session = self.require_session("A profile")
+        free = np.ix_(self.is_free, self.is_free)
+        if not np.isfinite(self.pcov[free]).all():
+            raise ValueError(
+                "method='profile' must have every free parameter determined by the data, got the "
+                f"standard errors {self.perr}; fix or remove parameters"
+            )
+        # Fixed parameters have no profile, and none has where the model fits exactly.
+        searched = [i for i in chosen if self.perr[i] > 0]
+        minimum = Minimum(
+            params=self.popt[self.is_free],
+            covariance=self.pcov[free],
+            variance=1.0 if self.absolute_sigma else self.reduced_chi2,
+            cost=self.cost,
+            num_rows=self.num_rows,
+        )
+        places = [int(self.is_free[:i].sum()) for i in searched]
+        found = dict(zip(searched, profile_ends(session, minimum, places, width), strict=True))
+        for i, pair in found.items():
+            self._warn_of_no_end(i, pair)
+        interval = self._interval(
+            chosen,
+            np.array(
+                [
+                    [end.value for end in found[i]] if i in found else [self.popt[i]] * 2
+                    for i in chosen
+                ]
+            ),
+        )
+        status = [
+            [end.status.name for end in found[i]] if i in found else ["FIXED"] * 2 for i in chosen
+        ]
+        num_passes = 1 + sum(end.num_passes for pair in found.values() for end in pair)
+        return interval.assign_coords(status=(("param", "side"), status)).assign_attrs(
+            num_passes=num_passes
+        )
+
+    def _warn_of_no_end(self, index: int, pair: tuple[EndPoint, EndPoint]) -> None:
+        for side, end in zip(("lower", "upper"), pair, strict=True):
+            if not np.isfinite(end.value):
+                warnings.warn(
+                    f"{side} end for {self.param_names[index]!r}: {end.status.value}"
+                    f" (last at {end.params})",
+                    scipy.optimize.OptimizeWarning,
+                    stacklevel=4,
+                )
+
+    def _positions(self, params: str | Sequence[str] | None) -> list[int]:
+        """Places in `popt` of the parameters named."""
+        if params is None:
+            return list(range(len(self.popt)))
+        places = []
+        for name in [params] if isinstance(params, str) else params:
+            labels = enumerate(self.param_names)
+            found = [i for i, label in labels if name in (label, label.partition("[")[0])]
+            if not found:
+                raise ValueError(f"`params` must be among {list(self.param_names)}, got {name!r}")
+            places += found
+        return places
+
+    def _interval(self, chosen: Sequence[int], ends: Float[np.ndarray, "p 2"]) -> xr.DataArray:
+        names = [self.param_names[i] for i in chosen]
         return xr.DataArray(
-            np.stack([self.popt - reach, self.popt + reach], axis=-1),
-            coords={"param": list(self.param_names), "side": ["lower", "upper"]},
+            ends,
+            coords={"param": names, "side": ["lower", "upper"]},
             name="confidence_interval",
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -9,6 +11,7 @@ import xarray as xr
 
 import problems
 from nlsq_dask import Status, fit_dataset
+from nlsq_dask.errors import SessionError
 
 NUM_ROWS = 400
 
@@ -81,3 +84,12 @@ def test_fixed_parameters_stay_with_zero_rows(data):
     assert not fixed.pcov[:, 2].any()
     assert np.isnan(fixed.correlation.values[2]).all()
     assert "(fixed)" in fixed.summary()
+
+
+def test_a_session_is_not_pickled(result):
+    assert result.session is not None
+    copy = pickle.loads(pickle.dumps(result))
+    assert copy.session is None
+    np.testing.assert_array_equal(copy.popt, result.popt)
+    with pytest.raises(SessionError, match=r"p0=result\.popt"):
+        copy.require_session("Everything")

@@ -189,3 +189,11 @@ def test_whitened_gram_keeps_the_digits(condition):
     model = build_quadratic(make_normal(np.linalg.solve(again.T, jac.T).T, r), again)
     solution = np.linalg.solve(model.factor, -model.residual)
     assert np.linalg.norm(solution - truth) < 1e-16 * condition * 100 + 1e-13
+
+
+def test_second_derivatives_that_overflow_are_left_out():
+    rng = np.random.default_rng(0)
+    normal = make_normal(rng.normal(size=(9, 2)), rng.normal(size=9))
+    plain = build_quadratic(normal, np.eye(2))
+    overflown = build_quadratic(normal, np.eye(2), np.array([[np.inf, 0.0], [0.0, np.nan]]))
+    np.testing.assert_array_equal(overflown.factor, plain.factor)

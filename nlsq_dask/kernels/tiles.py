@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +129,9 @@ def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
 def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:
     """Rows with what decides whether, and how much, each counts."""
     shape = chunk.y.shape
-    is_wanted: Array = jnp.asarray(is_real)
+    is_wanted: Any = is_real
     if chunk.where is not None:
-        is_wanted &= jnp.asarray(chunk.where)
+        is_wanted &= chunk.where
     x = tuple(column.astype(jnp.float64) for column in chunk.x)
     y = chunk.y.astype(jnp.float64)
     sigma = None if chunk.sigma is None else chunk.sigma.astype(jnp.float64)
@@ -140,7 +140,7 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
         weight, is_known = _group_weight(x[0], terms.group_weights)
         root_weight = jnp.sqrt(weight)
         is_stray = is_wanted & ~is_known & jnp.isfinite(x[0])
-        is_wanted = jnp.asarray(is_wanted & ((weight > 0) | ~is_known))
+        is_wanted &= (weight > 0) | ~is_known
     is_row: Array = is_wanted & jnp.isfinite(y) & ~is_stray
     for column in (*x, *([] if sigma is None else [sigma])):
         is_row = is_row & jnp.isfinite(column)

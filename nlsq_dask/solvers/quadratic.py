@@ -129,7 +129,8 @@ def build_quadratic(
         residual = np.divide(projected, roots, out=np.zeros_like(roots), where=kept)
     gauss_newton_factor = inner @ whitening
     factor = gauss_newton_factor
-    if curvature is not None and is_definite:
+    # Second derivatives may overflow where the first do not.
+    if curvature is not None and is_definite and np.isfinite(curvature).all():
         half = scipy.linalg.solve_triangular(inner.T, curvature, lower=True)
         bent = np.eye(len(half)) + scipy.linalg.solve_triangular(inner.T, half.T, lower=True)
         bent = 0.5 * (bent + bent.T)
