@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import xarray as xr
 
 from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.cluster import require_client
 from nlsq_dask.optimizer import (
@@ -44,10 +45,16 @@ def fit_dataset(
     p0: StartsLike = None,
     bounds: BoundsLike = None,
     fixed: Iterable[str] = (),
+    ties: Mapping[str, Callable[..., Any]] | None = None,
+    priors: Mapping[str, Any] | None = None,
     sigma: str | xr.DataArray | None = None,
     absolute_sigma: bool = False,
     where: str | xr.DataArray | None = None,
     nan_policy: NanPolicy = "omit",
+    loss: str = "linear",
+    f_scale: float | str = 1.0,
+    covariance: str = "auto",
+    cluster: str | xr.DataArray | None = None,
     time_units: str | None = None,
     jac: ModelFunction | None = None,
     client: Any = None,
@@ -57,7 +64,8 @@ def fit_dataset(
 ) -> FitResult:
     r"""Fit one model to a whole dataset, however large, in passes over its chunks.
 
-    Minimises ``F = ½ Σ ((model(x, params) - y) / sigma)²`` over all rows, within `bounds`.
+    Minimises ``F = ½ Σ s² ρ((r / s)²)``, ``r = (model(x, params) - y) / sigma``, ``s = f_scale``,
+    over all rows, within `bounds`; ``½ Σ r²`` for the linear loss.
 
     Parameters
     ----------
@@ -81,6 +89,12 @@ def fit_dataset(
         ``{"rate": (0, 5)}``, with None for no bound, or SciPy's sequences.
     fixed : iterable of str
         Parameters held at their start.
+    ties : mapping, optional
+        Parameters that are functions of others, ``{"b": lambda a: 2 * a}``: the arguments name
+        them, the body is JAX's NumPy.
+    priors : mapping, optional
+        ``{"rate": (mean, width)}``: Gaussian, added to the cost as ``½ ((rate - mean) / width)²``
+        and honoured by the covariance. They need ``absolute_sigma=True``.
     sigma : str or DataArray, optional
         Standard deviation of `y`, in its units.
     absolute_sigma : bool
@@ -90,6 +104,17 @@ def fit_dataset(
         Rows to fit.
     nan_policy : {"omit", "raise"}
         Rows with a value that is not finite are left out and counted, or refused.
+    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
+        How much a large residual costs: see `nlsq_dask.losses` for which to take.
+    f_scale : float or "mad"
+        Residuals well below it count as with the linear loss, in units of r. "mad" estimates it
+        from the sample, 1.4826 times the median absolute residual, before the first pass.
+    covariance : {"auto", "classical", "HC0", "HC1"}
+        ``s² (JᵀJ)⁻¹``, or the sandwich, right for residuals of unequal variance (White 1980; HC1
+        times m/(m - k)), at one more pass. By default HC1 for robust losses, else classical.
+    cluster : str or DataArray, optional
+        Labels of rows that may depend on each other, a coordinate of `y` for instance: the
+        sandwich is summed over them first, at one more pass.
     time_units : str, optional
         CF units for variables of times, ``"hours since 2000-01-01"``; by default days since the
         first value. Durations are in days. See ``result.diagnostics["time_axes"]``.
@@ -141,6 +166,14 @@ def fit_dataset(
     """
     optimizer = AdaptiveHybridStreamingOptimizer(config)
     _require_choice("nan_policy", nan_policy, ("omit", "raise"))
+    criterion = Criterion(
+        loss=loss,
+        f_scale=f_scale,
+        absolute_sigma=absolute_sigma,
+        priors=priors,
+        covariance=covariance,
+        is_clustered=cluster is not None,
+    )
     require_callback(callback)
     require_client(client)
     rows = resolve_dataset(
@@ -150,16 +183,19 @@ def fit_dataset(
         x=x,
         sigma=sigma,
         where=where,
+        cluster=cluster,
         time_units=time_units,
         jac=jac,
-        claimed=claimed_names(p0, bounds, fixed),
+        claimed=claimed_names(p0, bounds, fixed) | claimed_names(ties, priors),
         storage_options=storage_options,
     )
-    space = build_parameter_space(rows.model.parameters, rows.model.defaults, p0, bounds, fixed)
+    space = build_parameter_space(
+        rows.model.parameters, rows.model.defaults, p0, bounds, fixed, ties
+    )
     return optimizer.fit_rows(
         rows,
         space,
-        absolute_sigma=absolute_sigma,
+        criterion=criterion,
         nan_policy=nan_policy,
         client=client,
         callback=callback,
@@ -213,7 +249,7 @@ def curve_fit(
     client : distributed.Client, optional
     config : HybridStreamingConfig, optional
     **kwargs
-        ``ftol``, ``xtol``, ``gtol``, ``max_nfev`` (or ``maxfev``).
+        ``loss``, ``f_scale``, ``ftol``, ``xtol``, ``gtol``, ``max_nfev`` (or ``maxfev``).
 
     Returns
     -------
@@ -236,6 +272,9 @@ def curve_fit(
     scipy.optimize.OptimizeWarning
         If the covariance could not be estimated.
     """
+    # SciPy scales the Jacobian by the loss and inverts that, without a sandwich.
+    robust = {name: kwargs.pop(name) for name in ("loss", "f_scale") if name in kwargs}
+    criterion = Criterion(**robust, absolute_sigma=absolute_sigma, covariance="classical")
     optimizer = AdaptiveHybridStreamingOptimizer(
         _with_scipy_options(require_config(config), kwargs)
     )
@@ -261,9 +300,7 @@ def curve_fit(
     if refuses:
         require_finite(source)
     policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
-    result = optimizer.fit_rows(
-        rows, space, absolute_sigma=absolute_sigma, nan_policy=policy, client=client
-    )
+    result = optimizer.fit_rows(rows, space, criterion=criterion, nan_policy=policy, client=client)
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
     if result.status is Status.UNIDENTIFIED:
@@ -293,7 +330,7 @@ def _with_scipy_options(
     if unknown:
         raise TypeError(
             f"curve_fit() got unexpected arguments {unknown}; beside those of its signature it "
-            f"takes {sorted(names)}"
+            f"takes {sorted([*names, 'loss', 'f_scale'])}"
         )
     given = {names[name]: value for name, value in options.items() if value is not None}
     return replace(config, **given)

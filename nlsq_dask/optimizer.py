@@ -14,6 +14,7 @@ import scipy.optimize
 
 from nlsq_dask._typing import ModelFunction, Shape, Vector
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
@@ -40,6 +41,7 @@ __all__ = ["AdaptiveHybridStreamingOptimizer", "require_callback", "require_conf
 
 # Less work than this in a pass is done sooner in this process than sent to a cluster.
 _IN_PROCESS_ROW_PARAMETERS = 5e6
+_MAX_CLUSTER_SUMS = 2**22
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -88,6 +90,8 @@ class AdaptiveHybridStreamingOptimizer:
         model: ModelFunction | None = None,
         x_data: Any = None,
         y_data: Any = None,
+        loss: str = "linear",
+        f_scale: float | str = 1.0,
         client: Any = None,
     ) -> FitResult:
         """Fit a function to rows: ``fit(data, func, p0)`` or ``fit(model=, x_data=, y_data=)``.
@@ -114,7 +118,7 @@ class AdaptiveHybridStreamingOptimizer:
             Instead of the configuration's, for this fit.
         x_data, y_data : arrays
             In place of `data_source`. Beside a dataset, the names of its variables.
-        client : distributed.Client, optional
+        loss, f_scale, client
             As in `fit_dataset`.
 
         Returns
@@ -135,7 +139,7 @@ class AdaptiveHybridStreamingOptimizer:
         return self.fit_rows(
             rows,
             space,
-            absolute_sigma=absolute_sigma,
+            criterion=Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma),
             client=client,
             callback=callback,
             verbose=verbose,
@@ -146,7 +150,7 @@ class AdaptiveHybridStreamingOptimizer:
         rows: ModelledRows,
         space: ParameterSpace,
         *,
-        absolute_sigma: bool = False,
+        criterion: Criterion | None = None,
         nan_policy: NanPolicy = "omit",
         client: Any = None,
         callback: Callback | None = None,
@@ -154,7 +158,8 @@ class AdaptiveHybridStreamingOptimizer:
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
-        problem = _build_problem(rows, space, absolute_sigma, config.chunk_size)
+        criterion = Criterion() if criterion is None else criterion
+        problem = _build_problem(rows, space, criterion, config)
         open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
@@ -313,19 +318,47 @@ def require_callback(callback: Any) -> None:
 
 
 def _build_problem(
-    rows: ModelledRows, space: ParameterSpace, absolute_sigma: bool, chunk_size: int | None
+    rows: ModelledRows,
+    space: ParameterSpace,
+    criterion: Criterion,
+    config: HybridStreamingConfig,
 ) -> Problem:
     source, model = rows.source, rows.model
     if isinstance(source, GridSource):
-        plan, source = plan_leaves(source, space.num_free, chunk_size)
+        plan, source = plan_leaves(source, space.num_free, config.chunk_size)
     else:
         _require_chunks(source)
         plan = plan_chunks(source, space.num_free)
     y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
     check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
+    if config.enable_residual_weighting and not model.variables:
+        raise ValueError(
+            "`residual_weights` must go with a model of at least one variable, whose integers are "
+            f"the groups, got {model.name} without one"
+        )
+    _require_few_clusters(rows.num_clusters, space.num_free)
     return Problem(
-        model=model, space=space, source=source, plan=plan, absolute_sigma=absolute_sigma
+        model=model,
+        space=space,
+        source=source,
+        plan=plan,
+        absolute_sigma=criterion.absolute_sigma,
+        loss=criterion.loss,
+        f_scale=criterion.known_scale,
+        group_weights=config.residual_weights if config.enable_residual_weighting else None,
+        penalties=build_penalties(criterion, space, config),
+        covariance=criterion.covariance_kind,
+        num_clusters=rows.num_clusters,
     )
+
+
+def _require_few_clusters(num_clusters: int, num_free: int) -> None:
+    """Each task returns a row of `num_free` sums for each cluster."""
+    if num_clusters * num_free > _MAX_CLUSTER_SUMS:
+        raise ValueError(
+            f"`cluster` must have at most {_MAX_CLUSTER_SUMS // num_free:,} labels for {num_free} "
+            f"free parameters, got {num_clusters:,}"
+        )
 
 
 def _require_chunks(source: Source) -> None:

@@ -30,6 +30,7 @@ class ModelledRows:
     source: Source
     model: Model
     time_axes: Mapping[str, str] = field(default_factory=dict)
+    num_clusters: int = 0
 
 
 def resolve_dataset(
@@ -40,6 +41,7 @@ def resolve_dataset(
     x: str | Sequence[str] | None = None,
     sigma: str | xr.DataArray | None = None,
     where: str | xr.DataArray | None = None,
+    cluster: str | xr.DataArray | None = None,
     time_units: str | None = None,
     jac: ModelFunction | None = None,
     claimed: Collection[str] = (),
@@ -62,12 +64,14 @@ def resolve_dataset(
         raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
     if isinstance(ds, xr.Dataset):
         model = build_model(function, known_names(ds), x, claimed, jac)
-        roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where)
-        source, axes = build_dataset_source(ds, roles, time_units)
+        roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
+        source, axes, num_clusters = build_dataset_source(ds, roles, time_units)
         units = {name: axis.units for name, axis in axes.items()}
-        return ModelledRows(source=source, model=model, time_axes=units)
+        return ModelledRows(source=source, model=model, time_axes=units, num_clusters=num_clusters)
     if isinstance(ds, Source):
-        _require_absent("a Source", y=y, sigma=sigma, where=where, time_units=time_units)
+        _require_absent(
+            "a Source", y=y, sigma=sigma, where=where, cluster=cluster, time_units=time_units
+        )
         model = build_model(function, ds.variables, ds.variables if x is None else x, claimed, jac)
         return ModelledRows(source=ds, model=model)
     raise TypeError(

@@ -10,6 +10,7 @@ import xarray as xr
 
 from nlsq_dask.errors import DataError
 from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.clusters import build_cluster_column
 from nlsq_dask.sources.columns import (
     LazyColumn,
     MemoryColumn,
@@ -32,6 +33,7 @@ class DatasetRoles:
     y: NameOrArray | None
     sigma: NameOrArray | None = None
     where: NameOrArray | None = None
+    cluster: NameOrArray | None = None
 
 
 def known_names(ds: xr.Dataset) -> set[str]:
@@ -41,8 +43,9 @@ def known_names(ds: xr.Dataset) -> set[str]:
 
 def build_dataset_source(
     ds: xr.Dataset, roles: DatasetRoles, time_units: str | None = None
-) -> tuple[GridSource, dict[str, TimeAxis]]:
-    """Rows over the dimensions of `y`; and how times among the variables became numbers.
+) -> tuple[GridSource, dict[str, TimeAxis], int]:
+    """Rows over the dimensions of `y`; how times among the variables became numbers; and the
+    number of clusters.
 
     Raises
     ------
@@ -76,16 +79,29 @@ def build_dataset_source(
         where = column_of("where", _resolve(ds, "where", roles.where).variable)
         if where.dtype.kind != "b":
             raise ValueError(f"`where` must be boolean, got {where.dtype}")
+    cluster, num_clusters = None, 0
+    if roles.cluster is not None:
+        array = _resolve(ds, "cluster", roles.cluster)
+        cluster, num_clusters = build_cluster_column(
+            str(array.name), column_of("cluster", array.variable)
+        )
     named = {**dict(zip(roles.x, variables, strict=True)), "sigma": sigma, "where": where}
+    named["cluster"] = cluster
     for name, given in named.items():
         if given is not None:
             _require_within(name, given, y)
     source = GridSource(
-        variables=roles.x, x=tuple(variables), y=y, sigma=sigma, where=where, leaf_shape=y.shape
+        variables=roles.x,
+        x=tuple(variables),
+        y=y,
+        sigma=sigma,
+        where=where,
+        cluster=cluster,
+        leaf_shape=y.shape,
     )
     if source.num_rows == 0:
         raise DataError(f"`ds` must have rows, got `y` of shape {y.shape}")
-    return source, axes
+    return source, axes, num_clusters
 
 
 def column_of(name: str, variable: xr.Variable) -> Column:
