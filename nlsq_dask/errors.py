@@ -8,6 +8,7 @@ __all__ = [
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
+    "SpoolLimitError",
     "StoreNotFoundError",
     "UntraceableModelError",
     "WorkerError",
@@ -32,6 +33,10 @@ class LengthError(ValueError, TypeError):
 
 class StoreNotFoundError(FileNotFoundError):
     """There is no store at the path or URL given."""
+
+
+class SpoolLimitError(OSError):
+    """A batch would take the spool over its limit of bytes. Nothing of it was stored."""
 
 
 class MemoryProjectionError(MemoryError):
