@@ -100,7 +100,8 @@ class AdaptiveHybridStreamingOptimizer:
             ``(x, y)`` or ``(x, y, sigma)`` of arrays or Dask arrays, rows first: `x` of shape
             ``(m,)`` or ``(m, variables)``. Or an iterator of such tuples, a generator for
             instance, all of whose rows are spooled and fitted. Or what `fit_dataset` takes,
-            whose variables are arguments of `func` by name.
+            whose variables are arguments of `func` by name; a store of just ``x`` and ``y``,
+            rows first, goes by position.
         func, model : callable
             ``func(x, p1, p2, …)`` in JAX's NumPy; `x` arrives as it is given, ``(rows,)`` or
             ``(rows, variables)``. Either name will do, but not both.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import xarray as xr
 from zarr.abc.store import Store as ZarrStore
@@ -25,7 +25,12 @@ from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import Spool
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.stores import open_store
-from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+from nlsq_dask.sources.xarray import (
+    DatasetRoles,
+    build_dataset_source,
+    build_stored_source,
+    known_names,
+)
 
 __all__ = [
     "DatasetLike",
@@ -37,7 +42,8 @@ __all__ = [
 ]
 
 DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
-_DATASET_TYPES = (xr.Dataset, str, os.PathLike, ZarrStore, Source)
+_STORE_TYPES = (str, os.PathLike, ZarrStore)
+_DATASET_TYPES = (xr.Dataset, Source, *_STORE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +80,7 @@ def resolve_dataset(
     StoreNotFoundError
         If there is no store.
     """
-    if isinstance(ds, str | os.PathLike | ZarrStore):
+    if isinstance(ds, _STORE_TYPES):
         ds = open_store(ds, storage_options)
     elif storage_options is not None:
         raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
@@ -163,8 +169,11 @@ class GivenModel:
                 "`data_source` must be (x, y), an iterator of batches, an xarray.Dataset, the "
                 f"path or URL of a store, or a Source, got {type(data).__name__}"
             )
+        ds = open_store(data) if isinstance(data, _STORE_TYPES) else data
+        if x_data is None and y_data is None and _is_row_store(ds, self.function):
+            return self._of_arrays(*build_stored_source(ds, sigma))
         return resolve_dataset(
-            data,
+            ds,
             self.function,
             y=y_data,
             x=x_data,
@@ -186,6 +195,15 @@ class GivenModel:
             stack_axis=-1 if is_stacked else None,
             is_temporary=is_temporary,
         )
+
+
+def _is_row_store(ds: xr.Dataset | Source, function: ModelFunction) -> TypeGuard[xr.Dataset]:
+    """Whether a dataset is just ``x`` and ``y``, of rows first, rather than names to fit by."""
+    if not isinstance(ds, xr.Dataset) or not {"x", "y"} <= set(ds.variables):
+        return False
+    names, _, _ = parameter_names(function)
+    is_stacked = ds["x"].ndim == 2 and ds["y"].dims == ds["x"].dims[:1]
+    return is_stacked or not known_names(ds).intersection(names)
 
 
 def _arrays(data: Any, sigma: Any, x_data: Any, y_data: Any) -> tuple[Any, Any, Any]:
