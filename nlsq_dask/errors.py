@@ -9,6 +9,7 @@ __all__ = [
     "MemoryProjectionError",
     "ModelError",
     "SessionError",
+    "SpoolLimitError",
     "StoreNotFoundError",
     "UntraceableModelError",
     "WorkerError",
@@ -37,6 +38,10 @@ class SessionError(RuntimeError):
 
 class StoreNotFoundError(FileNotFoundError):
     """There is no store at the path or URL given."""
+
+
+class SpoolLimitError(OSError):
+    """A batch would take the spool over its limit of bytes. Nothing of it was stored."""
 
 
 class MemoryProjectionError(MemoryError):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,21 +20,20 @@ from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
+from nlsq_dask.evaluate.reach import require_reach
 from nlsq_dask.model import check_traceable
 from nlsq_dask.parameters import (
     BoundsLike,
     ParameterSpace,
     StartsLike,
-    build_parameter_space,
-    claimed_names,
 )
 from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.plan import plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
-from nlsq_dask.resolve import ModelledRows, resolve_arrays, resolve_dataset
+from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
 from nlsq_dask.result import FitResult
-from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.batches import Spool
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.telemetry import Callback
@@ -93,15 +94,19 @@ class AdaptiveHybridStreamingOptimizer:
         loss: str = "linear",
         f_scale: float | str = 1.0,
         client: Any = None,
+        spool: str | os.PathLike[str] | None = None,
+        spool_limit_bytes: int | None = None,
     ) -> FitResult:
         """Fit a function to rows: ``fit(data, func, p0)`` or ``fit(model=, x_data=, y_data=)``.
 
         Parameters
         ----------
-        data_source : tuple, Dataset, str, path, zarr store or Source, optional
+        data_source : tuple, iterator, Dataset, str, path, zarr store or Source, optional
             ``(x, y)`` or ``(x, y, sigma)`` of arrays or Dask arrays, rows first: `x` of shape
-            ``(m,)`` or ``(m, variables)``. Or what `fit_dataset` takes, whose variables are
-            arguments of `func` by name.
+            ``(m,)`` or ``(m, variables)``. Or an iterator of such tuples, a generator for
+            instance, all of whose rows are spooled and fitted. Or what `fit_dataset` takes,
+            whose variables are arguments of `func` by name; a store of just ``x`` and ``y``,
+            rows first, goes by position.
         func, model : callable
             ``func(x, p1, p2, …)`` in JAX's NumPy; `x` arrives as it is given, ``(rows,)`` or
             ``(rows, variables)``. Either name will do, but not both.
@@ -109,7 +114,8 @@ class AdaptiveHybridStreamingOptimizer:
             Starts. By default the function's own, else 1 clipped into the bounds.
         bounds : ``(lower, upper)``, mapping by name or `scipy.optimize.Bounds`, optional
         sigma : scalar or ``(m,)``, optional
-            Standard deviations of `y`; the name of a variable for a dataset.
+            Standard deviations of `y`; the name of a variable for a dataset; in each batch of an
+            iterator.
         absolute_sigma : bool
             Whether `sigma` is known, or only its ratios count.
         callback : callable, optional
@@ -120,30 +126,76 @@ class AdaptiveHybridStreamingOptimizer:
             In place of `data_source`. Beside a dataset, the names of its variables.
         loss, f_scale, client
             As in `fit_dataset`.
+        spool : str or path, optional
+            Where the batches of an iterator are kept for the fit: a folder, local or by URL, that
+            the workers of the client can read. By default the folder of temporary files.
+        spool_limit_bytes : int, optional
+            By default half of what is free on a local disk.
 
         Returns
         -------
         FitResult
-            A fit that did not converge is returned too, and says so.
+            A fit that did not converge is returned too, and says so. Residuals of an iterator's
+            rows cannot be had: ``result["fun"]`` is None.
 
         Raises
         ------
         ModelError, ValueError, TypeError, DataError, MemoryProjectionError
-            As `fit_dataset`.
+            As `fit_dataset`; for an iterator, with the number of the batch.
+        WorkerError
+            If a worker cannot read the spool: before the first batch is asked for.
+        SpoolLimitError
+            If the batches are more than the spool may hold.
         """
         require_callback(callback)
         require_client(client)
-        function = _require_one("func", func, "model", model)
-        rows = _resolve(data_source, function, p0, bounds, sigma, x_data, y_data)
-        space = build_parameter_space(rows.model.parameters, rows.model.defaults, p0, bounds)
-        return self.fit_rows(
-            rows,
-            space,
-            criterion=Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma),
-            client=client,
-            callback=callback,
-            verbose=verbose,
-        )
+        criterion = Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma)
+        given = GivenModel(_require_one("func", func, "model", model), p0, bounds)
+        if isinstance(data_source, Iterator):
+            require_absent(
+                "batches, which have their own", sigma=sigma, x_data=x_data, y_data=y_data
+            )
+            opened: AbstractContextManager[ModelledRows] = self._spooled(
+                data_source, given, client, spool, spool_limit_bytes
+            )
+        else:
+            require_absent(
+                "data that are not batches", spool=spool, spool_limit_bytes=spool_limit_bytes
+            )
+            opened = nullcontext(given.rows_of(data_source, sigma, x_data, y_data))
+        with opened as rows:
+            return self.fit_rows(
+                rows,
+                given.space(rows),
+                criterion=criterion,
+                client=client,
+                callback=callback,
+                verbose=verbose,
+            )
+
+    @contextmanager
+    def _spooled(
+        self,
+        batches: Iterator[Any],
+        given: GivenModel,
+        client: Any,
+        location: str | os.PathLike[str] | None,
+        limit_bytes: int | None,
+    ) -> Iterator[ModelledRows]:
+        """The rows of all batches, for as long as the fit needs them."""
+        with Spool(location, limit_bytes=limit_bytes) as spool:
+            client = active_client() if client is None else client
+            if client is not None:
+                require_reach(client, spool.url, spool.storage_options)
+            # What can be seen to be wrong at the first batch need not wait for the last.
+            for batch in batches:
+                spool.extend([batch])
+                if spool.num_rows:
+                    break
+            first = given.rows_spooled(spool)
+            _build_problem(first, given.space(first), Criterion(), self._config)
+            spool.extend(batches)
+            yield given.rows_spooled(spool)
 
     def fit_rows(
         self,
@@ -163,6 +215,8 @@ class AdaptiveHybridStreamingOptimizer:
         open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
+        if rows.is_temporary:
+            result = replace(result, session=None)
         self._result = result
         for text in result.diagnostics["warnings"]:
             warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
@@ -244,52 +298,6 @@ class AdaptiveHybridStreamingOptimizer:
 
 
 # -- what is given
-
-
-def _resolve(
-    data: Any,
-    function: ModelFunction,
-    p0: StartsLike,
-    bounds: BoundsLike,
-    sigma: Any,
-    x_data: Any,
-    y_data: Any,
-) -> ModelledRows:
-    if data is not None and not isinstance(data, tuple | list):
-        return resolve_dataset(
-            data,
-            function,
-            y=y_data,
-            x=x_data,
-            sigma=sigma,
-            claimed=claimed_names(p0, bounds),
-        )
-    x, y, sigma = _arrays(data, sigma, x_data, y_data)
-    source, is_stacked = build_row_source(x, y, sigma)
-    return resolve_arrays(
-        source,
-        function,
-        p0=p0,
-        bounds=bounds,
-        stack_axis=-1 if is_stacked else None,
-    )
-
-
-def _arrays(data: Any, sigma: Any, x_data: Any, y_data: Any) -> tuple[Any, Any, Any]:
-    """``x, y, sigma`` of one of the two ways to give them."""
-    if data is None:
-        if x_data is None or y_data is None:
-            raise TypeError("`fit` must be given `data_source`, or both `x_data` and `y_data`")
-        return x_data, y_data, sigma
-    if x_data is not None or y_data is not None:
-        raise TypeError("`x_data` and `y_data` must not be given beside arrays in `data_source`")
-    if len(data) not in (2, 3):
-        raise ValueError(f"`data_source` must be (x, y) or (x, y, sigma), got {len(data)} parts")
-    if len(data) == 2:
-        return data[0], data[1], sigma
-    if sigma is not None:
-        raise ValueError("`sigma` must be given once, got it also as the third of `data_source`")
-    return data[0], data[1], data[2]
 
 
 def _require_one(

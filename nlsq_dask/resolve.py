@@ -5,22 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import xarray as xr
 from zarr.abc.store import Store as ZarrStore
 
 from nlsq_dask._typing import ModelFunction
 from nlsq_dask.model import Model, build_model, parameter_names, require_jac, unwrap_jit
-from nlsq_dask.parameters import BoundsLike, StartsLike, count_parameters
+from nlsq_dask.parameters import (
+    BoundsLike,
+    ParameterSpace,
+    StartsLike,
+    build_parameter_space,
+    claimed_names,
+    count_parameters,
+)
+from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.batches import Spool
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.stores import open_store
-from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+from nlsq_dask.sources.xarray import (
+    DatasetRoles,
+    build_dataset_source,
+    build_stored_source,
+    known_names,
+)
 
-__all__ = ["DatasetLike", "ModelledRows", "resolve_arrays", "resolve_dataset"]
+__all__ = [
+    "DatasetLike",
+    "GivenModel",
+    "ModelledRows",
+    "require_absent",
+    "resolve_arrays",
+    "resolve_dataset",
+]
 
 DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
+_STORE_TYPES = (str, os.PathLike, ZarrStore)
+_DATASET_TYPES = (xr.Dataset, Source, *_STORE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +54,7 @@ class ModelledRows:
     model: Model
     time_axes: Mapping[str, str] = field(default_factory=dict)
     num_clusters: int = 0
+    is_temporary: bool = False  # gone after the fit, so that nothing can be read again
 
 
 def resolve_dataset(
@@ -58,7 +82,7 @@ def resolve_dataset(
     StoreNotFoundError
         If there is no store.
     """
-    if isinstance(ds, str | os.PathLike | ZarrStore):
+    if isinstance(ds, _STORE_TYPES):
         ds = open_store(ds, storage_options)
     elif storage_options is not None:
         raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
@@ -69,8 +93,13 @@ def resolve_dataset(
         units = {name: axis.units for name, axis in axes.items()}
         return ModelledRows(source=source, model=model, time_axes=units, num_clusters=num_clusters)
     if isinstance(ds, Source):
-        _require_absent(
-            "a Source", y=y, sigma=sigma, where=where, cluster=cluster, time_units=time_units
+        require_absent(
+            "a Source, which has its own",
+            y=y,
+            sigma=sigma,
+            where=where,
+            cluster=cluster,
+            time_units=time_units,
         )
         model = build_model(function, ds.variables, ds.variables if x is None else x, claimed, jac)
         return ModelledRows(source=ds, model=model)
@@ -88,6 +117,7 @@ def resolve_arrays(
     bounds: BoundsLike,
     stack_axis: int | None,
     jac: ModelFunction | None = None,
+    is_temporary: bool = False,
 ) -> ModelledRows:
     """SciPy's reading of a signature: the first argument is `x`, the rest are parameters.
 
@@ -101,6 +131,8 @@ def resolve_arrays(
     stack_axis : int, optional
         The axis of `x` along which the variables lie; None for one variable, as it is.
     jac : callable, optional
+    is_temporary : bool
+        Whether the rows are gone after the fit.
     """
     function = unwrap_jit(function)
     names, has_varargs, defaults = parameter_names(function)
@@ -120,10 +152,85 @@ def resolve_arrays(
         jac=require_jac(jac),
         stack_axis=stack_axis,
     )
-    return ModelledRows(source=source, model=model)
+    return ModelledRows(source=source, model=model, is_temporary=is_temporary)
 
 
-def _require_absent(kind: str, **given: Any) -> None:
+@dataclass(frozen=True, eq=False)
+class GivenModel:
+    """A function and what was said of its parameters, to be met with rows."""
+
+    function: ModelFunction
+    p0: StartsLike
+    bounds: BoundsLike
+
+    def space(self, rows: ModelledRows) -> ParameterSpace:
+        model = rows.model
+        return build_parameter_space(model.parameters, model.defaults, self.p0, self.bounds)
+
+    def rows_of(self, data: Any, sigma: Any, x_data: Any, y_data: Any) -> ModelledRows:
+        if data is None or isinstance(data, tuple | list):
+            x, y, sigma = _arrays(data, sigma, x_data, y_data)
+            return self._of_arrays(*build_row_source(x, y, sigma))
+        if not isinstance(data, _DATASET_TYPES):
+            raise TypeError(
+                "`data_source` must be (x, y), an iterator of batches, an xarray.Dataset, the "
+                f"path or URL of a store, or a Source, got {type(data).__name__}"
+            )
+        ds = open_store(data) if isinstance(data, _STORE_TYPES) else data
+        if x_data is None and y_data is None and _is_row_store(ds, self.function):
+            return self._of_arrays(*build_stored_source(ds, sigma))
+        return resolve_dataset(
+            ds,
+            self.function,
+            y=y_data,
+            x=x_data,
+            sigma=sigma,
+            claimed=claimed_names(self.p0, self.bounds),
+        )
+
+    def rows_spooled(self, spool: Spool) -> ModelledRows:
+        return self._of_arrays(*spool.source(), is_temporary=True)
+
+    def _of_arrays(
+        self, source: GridSource, is_stacked: bool, is_temporary: bool = False
+    ) -> ModelledRows:
+        return resolve_arrays(
+            source,
+            self.function,
+            p0=self.p0,
+            bounds=self.bounds,
+            stack_axis=-1 if is_stacked else None,
+            is_temporary=is_temporary,
+        )
+
+
+def _is_row_store(ds: xr.Dataset | Source, function: ModelFunction) -> TypeGuard[xr.Dataset]:
+    """Whether a dataset is just ``x`` and ``y``, of rows first, rather than names to fit by."""
+    if not isinstance(ds, xr.Dataset) or not {"x", "y"} <= set(ds.variables):
+        return False
+    names, _, _ = parameter_names(function)
+    is_stacked = ds["x"].ndim == 2 and ds["y"].dims == ds["x"].dims[:1]
+    return is_stacked or not known_names(ds).intersection(names)
+
+
+def _arrays(data: Any, sigma: Any, x_data: Any, y_data: Any) -> tuple[Any, Any, Any]:
+    """``x, y, sigma`` of one of the two ways to give them."""
+    if data is None:
+        if x_data is None or y_data is None:
+            raise TypeError("`fit` must be given `data_source`, or both `x_data` and `y_data`")
+        return x_data, y_data, sigma
+    if x_data is not None or y_data is not None:
+        raise TypeError("`x_data` and `y_data` must not be given beside arrays in `data_source`")
+    if len(data) not in (2, 3):
+        raise ValueError(f"`data_source` must be (x, y) or (x, y, sigma), got {len(data)} parts")
+    if len(data) == 2:
+        return data[0], data[1], sigma
+    if sigma is not None:
+        raise ValueError("`sigma` must be given once, got it also as the third of `data_source`")
+    return data[0], data[1], data[2]
+
+
+def require_absent(kind: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"`{name}` must not be given with {kind}, which supplies it itself")
+            raise ValueError(f"`{name}` must not be given with {kind}")

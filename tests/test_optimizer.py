@@ -86,6 +86,31 @@ def test_forms_of_stores(tmp_path):
         assert expected.distance(result.popt) < 1e-6
 
 
+@pytest.mark.parametrize("suffix", ["zarr", "h5"])
+def test_a_store_of_x_and_y_goes_by_position(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "h5":
+        with h5py.File(path, "w") as file:
+            file["x"], file["y"], file["s"] = PLANE, HEIGHT, SIGMA
+    else:
+        ds = xr.Dataset({"x": (("r", "v"), PLANE), "y": ("r", HEIGHT), "s": ("r", SIGMA)})
+        ds.to_zarr(path, zarr_format=3, consolidated=False)
+    design = np.column_stack([PLANE, np.ones(NUM_ROWS)]) / SIGMA[:, None]
+    expected = np.linalg.lstsq(design, HEIGHT / SIGMA)[0]
+    for function in (plane, lambda data, a, b, c: plane(data, a, b, c)):
+        result = fit(str(path), function, [1.0, 1.0, 1.0], sigma="s")
+        np.testing.assert_allclose(result.popt, expected, rtol=1e-6)
+
+
+def test_a_store_of_one_variable_goes_by_position_or_by_name(tmp_path):
+    path = tmp_path / "rows.h5"
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = T, Y
+    expected = problems.scipy_decay(T, Y)
+    for function in (problems.decay, lambda x, a, b, c: problems.decay(x, a, b, c)):
+        assert expected.distance(fit(path, function, START).popt) < 1e-6
+
+
 @pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray, lambda x: da.from_array(x, (200, 1))])
 def test_variables_are_rows_first(wrap):
     result = fit((wrap(PLANE), HEIGHT), plane, [1.0, 1.0, 1.0])
@@ -119,7 +144,7 @@ def test_rows_first_reach_worker_processes(client):
         (ValueError, "`sigma`", ((T, Y, SIGMA), problems.decay), {"sigma": SIGMA}),
         (ValueError, "`x` must have as many rows", ((T[:-1], Y), problems.decay), {}),
         (ValueError, "`x` must have shape", ((PLANE[None], Y), plane), {}),
-        (TypeError, "`ds`", (3, problems.decay), {}),
+        (TypeError, "`data_source`", (3, problems.decay), {}),
         (TypeError, "`callback`", ((T, Y), problems.decay), {"callback": 3}),
         (ValueError, "`verbose`", ((T, Y), problems.decay), {"verbose": 5}),
         (TypeError, "`client`", ((T, Y), problems.decay), {"client": "tcp://127.0.0.1:1"}),

@@ -50,7 +50,7 @@ from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
-__all__ = ["ClusterEvaluator", "active_client", "require_client"]
+__all__ = ["ClusterEvaluator", "active_client", "require_client", "workers_of"]
 
 _Value = TypeVar("_Value")
 
@@ -92,7 +92,7 @@ class ClusterEvaluator:
         self._token = uuid.uuid4().hex[:12]
         self._num_passes = 0
         self._retries = config.max_retries_per_batch if config.enable_fault_tolerance else 0
-        workers = _workers(client)
+        workers = workers_of(client)
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
         self._num_threads = max(w["nthreads"] for w in workers.values())
         num_slots = sum(w["nthreads"] for w in workers.values())
@@ -255,7 +255,7 @@ class ClusterEvaluator:
 
     def _owners(self) -> dict[range, str]:
         """Who owns which leaves now: workers come and go between passes."""
-        workers = _workers(self._client)
+        workers = workers_of(self._client)
         return self._ownership.assign({address: w["nthreads"] for address, w in workers.items()})
 
     def _gather(self, futures: list[Any]) -> list[Any]:
@@ -383,7 +383,7 @@ class ClusterEvaluator:
         return futures
 
 
-def _workers(client: distributed.Client) -> dict[str, Any]:
+def workers_of(client: distributed.Client) -> dict[str, Any]:
     """The workers now, waiting a while for one where a nanny may be restarting it."""
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     if not workers:

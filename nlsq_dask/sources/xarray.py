@@ -20,7 +20,13 @@ from nlsq_dask.sources.columns import (
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
 from nlsq_dask.sources.grid import GridSource
 
-__all__ = ["DatasetRoles", "build_dataset_source", "column_of", "known_names"]
+__all__ = [
+    "DatasetRoles",
+    "build_dataset_source",
+    "build_stored_source",
+    "column_of",
+    "known_names",
+]
 
 NameOrArray = str | xr.DataArray
 
@@ -102,6 +108,26 @@ def build_dataset_source(
     if source.num_rows == 0:
         raise DataError(f"`ds` must have rows, got `y` of shape {y.shape}")
     return source, axes, num_clusters
+
+
+def build_stored_source(
+    ds: xr.Dataset, sigma: NameOrArray | None = None
+) -> tuple[GridSource, bool]:
+    """Rows of the arrays ``x`` of shape ``(m,)`` or ``(m, variables)`` and ``y``.
+
+    Also whether `x` has an axis for its variables; each is read as a column of its own.
+
+    Raises
+    ------
+    ValueError
+        As `build_dataset_source`.
+    """
+    x = ds["x"]
+    parts = [x] if x.ndim == 1 else [x[:, i] for i in range(x.shape[1])]
+    names = ("x",) if len(parts) == 1 else tuple(f"x{i}" for i in range(len(parts)))
+    rows = ds.drop_vars("x").assign(dict(zip(names, parts, strict=True)))
+    source, *_ = build_dataset_source(rows, DatasetRoles(x=names, y="y", sigma=sigma))
+    return source, x.ndim == 2
 
 
 def column_of(name: str, variable: xr.Variable) -> Column:
