@@ -71,6 +71,7 @@ class _Fit:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._history: list[IterationRecord] = []
+        self._was_stopped = False  # in the warmup: the fit ends with its first pass
 
     def run(self) -> FitResult:
         memory = self._timed("plan", self._evaluator.memory)
@@ -79,7 +80,7 @@ class _Fit:
         on_sample = SampleObjective(self._problem, sample)
         square = _data_square(sample)
         tolerances = self._tolerances(square)
-        warmup = self._timed("warmup", lambda: warm_up(on_sample, self._config, tolerances))
+        warmup = self._timed("warmup", lambda: self._warm_up(on_sample, tolerances))
         full = FullObjective(problem=self._problem, evaluator=self._evaluator, sample=on_sample)
         solver = TrustRegion(
             bounds=self._problem.space.free_bounds,
@@ -91,7 +92,8 @@ class _Fit:
         state = minimize(full, solver, state, lambda state: self._after_pass(full, state))
         self._seconds["passes"] = time.perf_counter() - start
         self._seconds["total"] = time.perf_counter() - self._started
-        _LOGGER.info("%s", state.status.value)
+        if self._config.verbose:
+            _LOGGER.info("%s", state.status.value)
         course = Course(
             problem=self._problem,
             config=self._config,
@@ -136,6 +138,17 @@ class _Fit:
         )
 
     # -- sample
+
+    def _warm_up(self, on_sample: SampleObjective, tolerances: Tolerances) -> Warmup | None:
+        is_watched = self._callback is not None or self._config.verbose > 1
+        warmup = warm_up(
+            on_sample,
+            self._config,
+            tolerances,
+            on_iteration=self._tell if is_watched else None,
+        )
+        self._was_stopped = warmup is not None and warmup.was_stopped
+        return warmup
 
     def _draw(self) -> Sample:
         source = self._problem.source
@@ -215,15 +228,14 @@ class _Fit:
         """Record the pass, tell the caller, and see whether the budget allows another."""
         record = self._record(full, state)
         self._history.append(record)
-        _LOGGER.info("%s", record)
-        if self._callback is not None:
-            try:
-                self._callback(record)
-            except StopIteration:
-                if state.status is Status.RUNNING:
-                    return replace(state, status=Status.STOPPED_BY_CALLBACK)
+        try:
+            self._tell(record)
+        except StopIteration:
+            self._was_stopped = True
         if state.status is not Status.RUNNING:
             return state
+        if self._was_stopped:
+            return replace(state, status=Status.STOPPED_BY_CALLBACK)
         config = self._config
         if config.max_passes is not None and len(full.passes) >= config.max_passes:
             return replace(state, status=Status.MAX_PASSES)
@@ -232,12 +244,23 @@ class _Fit:
             return replace(state, status=Status.MAX_SECONDS)
         return state
 
+    def _tell(self, record: IterationRecord) -> None:
+        """Log and call back; StopIteration goes through."""
+        config = self._config
+        wanted = config.verbose > 1 if record.phase == 1 else config.verbose > 0
+        if wanted and (record.phase == 1 or record.iteration % config.log_frequency == 0):
+            _LOGGER.info("%s", record)
+        if self._callback is not None:
+            self._callback(record)
+
     def _record(self, full: FullObjective, state: State) -> IterationRecord:
         last = full.passes[-1]
         rows = int(last.sums.normal.num_rows)
         cost = float(last.sums.normal.cost)
         before = self._history[-1].cost if self._history else np.nan
         return IterationRecord(
+            phase=2,
+            iteration=len(full.passes),
             num_passes=len(full.passes),
             params=self._problem.space.expand(state.params),
             cost=state.cost,
