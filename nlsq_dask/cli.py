@@ -192,7 +192,8 @@ def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, flo
 
 
 def _echo_pass(record: IterationRecord) -> None:
-    click.echo(f"  {record}")
+    if record.phase == 2:
+        click.echo(f"  {record}")
 
 
 def _deviations(result: FitResult) -> Vector:
@@ -411,7 +412,8 @@ def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: 
 
 
 def _log_pass(record: IterationRecord) -> None:
-    click.echo(record, err=True)
+    if record.phase == 2:
+        click.echo(record, err=True)
 
 
 if __name__ == "__main__":

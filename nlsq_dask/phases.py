@@ -88,6 +88,7 @@ class _Fit:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._history: list[IterationRecord] = []
+        self._was_stopped = False  # in the warmup: the fit ends with its first pass
 
     def run(self) -> tuple[Course, State]:
         memory = self._timed("plan", self._evaluator.memory)
@@ -97,7 +98,7 @@ class _Fit:
         self._data_square = _data_square(sample)
         on_sample = self._timed("scale", lambda: self._with_scale(on_sample))
         tolerances = self._tolerances(self._data_square)
-        warmup = self._timed("warmup", lambda: warm_up(on_sample, self._config, tolerances))
+        warmup = self._timed("warmup", lambda: self._warm_up(on_sample, tolerances))
         full = FullObjective(
             problem=self._problem,
             evaluator=self._evaluator,
@@ -112,7 +113,8 @@ class _Fit:
         free0 = self._problem.space.p0[self._problem.space.is_free]
         start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
         self._seconds["total"] = time.perf_counter() - self._started
-        _LOGGER.info("%s", state.status.value)
+        if self._config.verbose:
+            _LOGGER.info("%s", state.status.value)
         course = Course(
             problem=self._problem,
             config=self._config,
@@ -190,6 +192,17 @@ class _Fit:
         )
 
     # -- sample
+
+    def _warm_up(self, on_sample: SampleObjective, tolerances: Tolerances) -> Warmup | None:
+        is_watched = self._callback is not None or self._config.verbose > 1
+        warmup = warm_up(
+            on_sample,
+            self._config,
+            tolerances,
+            on_iteration=self._tell if is_watched else None,
+        )
+        self._was_stopped = warmup is not None and warmup.was_stopped
+        return warmup
 
     def _draw(self) -> Sample:
         source = self._problem.source
@@ -294,15 +307,14 @@ class _Fit:
         """Record the pass, tell the caller, and see whether the budget allows another."""
         record = self._record(full, state)
         self._history.append(record)
-        _LOGGER.info("%s", record)
-        if self._callback is not None:
-            try:
-                self._callback(record)
-            except StopIteration:
-                if state.status is Status.RUNNING:
-                    return replace(state, status=Status.STOPPED_BY_CALLBACK)
+        try:
+            self._tell(record)
+        except StopIteration:
+            self._was_stopped = True
         if state.status is not Status.RUNNING:
             return state
+        if self._was_stopped:
+            return replace(state, status=Status.STOPPED_BY_CALLBACK)
         config = self._config
         if config.max_passes is not None and len(full.passes) >= config.max_passes:
             return replace(state, status=Status.MAX_PASSES)
@@ -311,12 +323,23 @@ class _Fit:
             return replace(state, status=Status.MAX_SECONDS)
         return state
 
+    def _tell(self, record: IterationRecord) -> None:
+        """Log and call back; StopIteration goes through."""
+        config = self._config
+        wanted = config.verbose > 1 if record.phase == 1 else config.verbose > 0
+        if wanted and (record.phase == 1 or record.iteration % config.log_frequency == 0):
+            _LOGGER.info("%s", record)
+        if self._callback is not None:
+            self._callback(record)
+
     def _record(self, full: FullObjective, state: State) -> IterationRecord:
         last = full.passes[-1]
         rows = int(last.sums.normal.num_rows)
         cost = float(last.sums.normal.cost)
         before = self._history[-1].cost if self._history else np.nan
         return IterationRecord(
+            phase=2,
+            iteration=len(full.passes),
             num_passes=len(full.passes),
             params=self._problem.space.expand(state.params),
             cost=state.cost,

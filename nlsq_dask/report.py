@@ -169,6 +169,9 @@ def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[s
         "plan": asdict(problem.plan),
         "memory": dict(course.memory),
         "sample": _describe_sample(course.sample, course.warmup),
+        "warmup": _describe_warmup(course),
+        "defense": course.warmup.defense.describe() if course.warmup is not None else {},
+        "multistart": _describe_tournament(course),
         "optima": course.gate.optima,
         "switched_at_gate": course.gate.switched,
         "rank_tolerance": covariance.rank_tolerance,
@@ -230,9 +233,54 @@ def _describe_sample(sample: Sample, warmup: Warmup | None) -> dict[str, Any]:
             "num_starts": warmup.num_starts,
             "num_evaluations": warmup.num_evaluations,
             "halves_agree": warmup.halves_agree,
-            "lbfgs_loss": warmup.lbfgs_loss,
         }
     return described
+
+
+def _describe_warmup(course: Course) -> dict[str, Any]:
+    """How each descent went, and the space it went through."""
+    warmup, space = course.warmup, course.problem.space
+    if warmup is None:
+        return {}
+    descents, normalizer = warmup.descents, warmup.normalizer
+    return {
+        "criteria": [descent.criterion for descent in descents],
+        "iterations": [descent.num_iterations for descent in descents],
+        "start_losses": [descent.start_loss for descent in descents],
+        "losses": [descent.loss for descent in descents],
+        "starts": [space.expand(descent.start) for descent in descents],
+        "ends": [space.expand(descent.end) for descent in descents],
+        "steps_clipped": [descent.num_clipped for descent in descents],
+        "line_search_failures": [descent.num_line_search_failures for descent in descents],
+        "history_fill": [
+            min(descent.num_pairs, course.config.lbfgs_history_size) for descent in descents
+        ],
+        "normalization": {
+            "strategy": normalizer.strategy,
+            "offset": normalizer.offset,
+            "scale": normalizer.scale,
+        },
+        "was_stopped": warmup.was_stopped,
+    }
+
+
+def _describe_tournament(course: Course) -> dict[str, Any]:
+    """Candidates and rounds; nothing where there was no tournament."""
+    if course.warmup is None or course.warmup.tournament is None:
+        return {}
+    tournament, space = course.warmup.tournament, course.problem.space
+    return {
+        "candidates": [space.expand(candidate) for candidate in tournament.candidates],
+        "rounds": [
+            {
+                "num_rows": held.num_rows,
+                "costs": held.costs,
+                "survives": np.flatnonzero(held.survives).tolist(),
+            }
+            for held in tournament.rounds
+        ],
+        "survivors": [space.expand(survivor) for survivor in tournament.survivors],
+    }
 
 
 def _describe_passes(full: FullObjective) -> dict[str, Any]:

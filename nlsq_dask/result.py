@@ -131,10 +131,14 @@ class FitResult(Mapping[str, Any]):
         return self.session
 
     @property
-    def fun(self) -> Residuals:
-        """``y - model`` over all rows, computed when asked for: an array to NumPy."""
-        session = self.require_session("`fun`")
-        return Residuals(problem=session.problem, params=self.popt)
+    def fun(self) -> Residuals | None:
+        """``y - model`` over all rows, computed when asked for: an array to NumPy.
+
+        None where the data cannot be read again: the result was pickled, or its batches are gone.
+        """
+        if self.session is None:
+            return None
+        return Residuals(problem=self.session.problem, params=self.popt)
 
     # -- parameters
 

@@ -1,4 +1,4 @@
-"""What is recorded of each pass."""
+"""What is recorded of each pass, and now and then of the warmup."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ __all__ = ["Callback", "IterationRecord"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IterationRecord:
-    """One pass over the data: the point tried, and where the fit stands after it."""
+    """One pass over the data: the point tried, and where the fit stands after it.
 
+    In the warmup (phase 1) it is of a descent on a block of the sample, and what has no meaning
+    there is NaN.
+    """
+
+    phase: int  # 1 the warmup, 2 the passes over all data
+    iteration: int  # within its phase
     num_passes: int
     params: Float[np.ndarray, " n"]  # the best point so far, all parameters
     cost: float  # ½ Σ r² there
@@ -39,6 +45,11 @@ class IterationRecord:
         return self.num_rows / self.seconds if self.seconds > 0 else np.inf
 
     def __str__(self) -> str:
+        if self.phase == 1:
+            return (
+                f"warmup, iteration {self.iteration}: loss {self.loss:.9e} "
+                f"on {self.num_rows:,} rows of the sample"
+            )
         verdict = "accepted" if self.accepted else "rejected"
         change = "" if np.isnan(self.relative_change) else f" ({self.relative_change:+.1e})"
         return (

@@ -1,33 +1,45 @@
 """The sample first: from the start to every optimum worth a look, at no pass over the data.
 
-Starts scattered around `p0` are scored on a block of the sample. From `p0` and the best few,
-L-BFGS goes down in variables scaled by the Jacobian's columns, and Levenberg-Marquardt finishes
-from there and from `p0` itself. Distinct optima are kept apart: on a sample the cost per row of
-a wrong basin can pass for noise (4.72 against 4.74 for a sine fitted to 4,000 rows), so they
-compete on all data in the first pass.
+Starts scattered around `p0`, or the survivors of a tournament, are descended from by L-BFGS in
+normalized space. Levenberg-Marquardt finishes from where that ends and from `p0` itself, which
+L-BFGS may have led out of its basin. Distinct optima are kept apart: on a sample the cost per
+row of a wrong basin can pass for noise (4.72 against 4.74 for a sine fitted to 4,000 rows), so
+they compete on all data in the first pass.
+
+What was found up to some iteration is a `WarmupState`; from any that was handed out, a warmup
+goes on to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask._typing import Array, Float, Vector
+from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.defense import DefenseLayerTelemetry, get_defense_telemetry
+from nlsq_dask.descents import (
+    Descent,
+    Descents,
+    OnIteration,
+    Progress,
+    data_spread,
+    defense_record,
+)
+from nlsq_dask.multistart import Tournament, hold_tournament
+from nlsq_dask.normalization import ParameterNormalizer, build_normalizer
 from nlsq_dask.objective import SampleObjective
-from nlsq_dask.parameters import strictly_inside
-from nlsq_dask.solvers.lbfgs import LbfgsOptions, build_lbfgs
+from nlsq_dask.solvers.lbfgs import Ending
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
-from nlsq_dask.sources.base import selected_rows
 from nlsq_dask.status import Status
+from nlsq_dask.warmup_state import WarmupState
 
-__all__ = ["Optimum", "Warmup", "equal_cost", "warm_up"]
+__all__ = ["OnState", "Optimum", "Warmup", "equal_cost", "warm_up"]
 
 _NUM_SCATTERED = 64  # around p0
 _NUM_DESCENTS = 4  # of the scattered starts, beside p0
@@ -56,15 +68,47 @@ class Warmup:
     halves_agree: bool
     num_starts: int
     num_evaluations: int
-    lbfgs_loss: float | None
+    normalizer: ParameterNormalizer
+    descents: tuple[Descent, ...]
+    defense: DefenseLayerTelemetry  # of this warmup alone
+    tournament: Tournament | None
+    was_stopped: bool  # by StopIteration
+
+
+OnState: TypeAlias = Callable[[WarmupState], object]
 
 
 def warm_up(
-    objective: SampleObjective, config: HybridStreamingConfig, tolerances: Tolerances
+    objective: SampleObjective,
+    config: HybridStreamingConfig,
+    tolerances: Tolerances,
+    *,
+    on_iteration: OnIteration | None = None,
+    on_state: OnState | None = None,
+    resume: WarmupState | None = None,
 ) -> Warmup | None:
-    """Find the optima of the sample; None where the model is not finite at any start."""
+    """Find the optima of the sample; None where the model is not finite at any start.
+
+    Parameters
+    ----------
+    on_iteration : callable, optional
+        Given an `IterationRecord` every `callback_frequency` L-BFGS iterations, counted over all
+        descents. StopIteration ends L-BFGS; the sample's optima near what it has are still
+        found.
+    on_state : callable, optional
+        Given a `WarmupState` every `checkpoint_frequency` iterations and when all descents have
+        ended.
+    resume : WarmupState, optional
+        To go on from, for the same sample, problem and configuration: the result has the same
+        bits as without the interruption.
+
+    Raises
+    ------
+    ValueError
+        If `resume` is of a problem with another number of free parameters.
+    """
     search = _Search(objective, config, tolerances)
-    return search.run()
+    return search.run(on_iteration, on_state, resume)
 
 
 def equal_cost(cost: float, num_rows: int, tolerances: Tolerances) -> float:
@@ -97,26 +141,42 @@ class _Search:
         )
         self._num_evaluations = 0
 
-    def run(self) -> Warmup | None:
-        starts = self._starts()
-        if not starts:
+    def run(
+        self,
+        on_iteration: OnIteration | None,
+        on_state: OnState | None,
+        resume: WarmupState | None,
+    ) -> Warmup | None:
+        begun = self._begin() if resume is None else self._checked(resume)
+        if not len(begun.starts):
             return None
-        lbfgs_loss, descended = self._descend(starts)
-        fits = [self._fit(start, self._everything) for start in descended]
-        states = [state for state in fits if state is not None]
-        if not states:
+        normalizer = self._normalizer()
+        descents = self._descend(begun, normalizer, on_iteration, on_state)
+        states = [self._fit(point, self._everything) for point in self._points(begun, descents)]
+        finite = [state for state in states if state is not None]
+        if not finite:
             return None
-        optima = self._distinct(states)
+        optima = self._distinct(finite)
         agree, rivals = self._compare_halves(optima[0])
         kept = (*optima, *rivals)[:_MAX_OPTIMA]
         return Warmup(
             optima=kept,
             whitening=next_whitening(kept[0].factor),
             halves_agree=agree,
-            num_starts=len(starts),
+            num_starts=len(begun.starts),
             num_evaluations=self._num_evaluations,
-            lbfgs_loss=lbfgs_loss,
+            normalizer=normalizer,
+            descents=descents,
+            defense=self._count(descents),
+            tournament=begun.tournament,
+            was_stopped=bool(descents) and descents[-1].ending is Ending.CALLBACK,
         )
+
+    def _count(self, descents: Sequence[Descent]) -> DefenseLayerTelemetry:
+        records = [defense_record(self._config, descent) for descent in descents]
+        for record in records:
+            get_defense_telemetry().record(record)
+        return DefenseLayerTelemetry(records)
 
     @property
     def _size(self) -> Vector:
@@ -127,12 +187,33 @@ class _Search:
 
     # -- starts
 
-    def _starts(self) -> list[Vector]:
-        """`p0` and the best of those scattered around it, where the model is finite."""
-        candidates = [self._p0, *self._scatter()]
-        costs = self._objective.costs(np.stack(candidates), self._explored)
-        order = [0, *(1 + np.argsort(costs[1:], kind="stable")[:_NUM_DESCENTS])]
-        return [candidates[i] for i in order if np.isfinite(costs[i])]
+    def _begin(self) -> WarmupState:
+        """`p0` and the best of the other starts, where the model is finite."""
+        config, tournament = self._config, None
+        if config.enable_multistart:
+            tournament = hold_tournament(self._objective, config)
+            candidates = tournament.survivors
+        else:
+            candidates = np.stack([self._p0, *self._scatter()])
+        costs = self._objective.costs(candidates, self._explored)
+        order = np.arange(len(candidates))
+        if tournament is None:
+            order = np.array([0, *(1 + np.argsort(costs[1:], kind="stable")[:_NUM_DESCENTS])])
+        order = order[np.isfinite(costs[order])]
+        return WarmupState(
+            starts=candidates[order],
+            start_costs=costs[order],
+            progress=Progress(),
+            tournament=tournament,
+        )
+
+    def _checked(self, resume: WarmupState) -> WarmupState:
+        if resume.starts.shape[1:] != self._p0.shape:
+            raise ValueError(
+                f"`resume` must be of a problem with {len(self._p0)} free parameters, got starts "
+                f"of shape {resume.starts.shape}"
+            )
+        return resume
 
     def _scatter(self) -> list[Vector]:
         """Seeded starts at distances from 3 % of `p0` to twice of it, in every direction."""
@@ -152,14 +233,51 @@ class _Search:
 
     # -- descents
 
-    def _descend(self, starts: Sequence[Vector]) -> tuple[float | None, list[Vector]]:
-        """L-BFGS from each start, beside the first as it is: L-BFGS may leave its basin."""
+    def _normalizer(self) -> ParameterNormalizer:
+        config = self._config
+        strategy = config.normalization_strategy if config.normalize else "none"
+        norms = self._column_norms() if strategy == "jacobian" else None
+        return build_normalizer(strategy, self._p0, self._bounds, norms)
+
+    def _column_norms(self) -> Vector | None:
+        """Of the Jacobian at `p0`, relative to the spread of the data; None if not finite."""
+        evaluate = self._objective.on(self._explored)
+        normal = evaluate(self._p0, np.eye(len(self._p0))).normal
+        spread = data_spread(self._objective, self._explored[0])
+        norms = np.sqrt(np.diag(np.asarray(normal.gram)) / spread)
+        return norms if np.isfinite(norms).all() else None
+
+    def _descend(
+        self,
+        begun: WarmupState,
+        normalizer: ParameterNormalizer,
+        on_iteration: OnIteration | None,
+        on_state: OnState | None,
+    ) -> tuple[Descent, ...]:
         if self._config.max_warmup_iterations == 0:
-            return None, list(starts)
-        descent = _Descent(self._objective, self._config, self._explored)
-        ends = [descent.run(start, self._bounds) for start in starts]
-        loss = ends[0][1]
-        return loss, [starts[0], *(point for point, _ in ends)]
+            return ()
+
+        def tell(progress: Progress) -> None:
+            if on_state is not None:
+                on_state(begun.after(progress))
+
+        descents = Descents(self._objective, self._config, normalizer, self._explored[0])
+        finished = descents.run(
+            list(begun.starts),
+            begun.start_costs.tolist(),
+            begun.progress,
+            on_iteration,
+            None if on_state is None else tell,
+        )
+        tell(Progress(finished=finished))
+        return finished
+
+    @staticmethod
+    def _points(begun: WarmupState, descents: Sequence[Descent]) -> list[Vector]:
+        """Where to finish from: the first start as it is, and what the descents led to."""
+        first, *others = begun.starts
+        ends = [descent.end for descent in descents] if descents else others
+        return [first, *(end for end in ends if not np.array_equal(end, first))]
 
     def _fit(self, start: Vector, blocks: range) -> State | None:
         """Levenberg-Marquardt on the blocks; None where it cannot begin."""
@@ -232,45 +350,3 @@ class _Search:
         if agree:
             return True, []
         return False, self._distinct([one, other])
-
-
-class _Descent:
-    """L-BFGS on a block of the sample: loss over the variance of y, in scaled variables."""
-
-    def __init__(
-        self, objective: SampleObjective, config: HybridStreamingConfig, blocks: range
-    ) -> None:
-        self._objective = objective
-        space = objective.problem.space
-        self._blocks = blocks
-        chunk = objective.block(blocks[0])
-        is_row = selected_rows(chunk)
-        weighted = (chunk.y if chunk.sigma is None else chunk.y / chunk.sigma)[is_row]
-        spread = float(np.sum((weighted - np.mean(weighted)) ** 2))
-        self._spread = spread if spread > 0 else 1.0
-        free = np.flatnonzero(space.is_free)
-        cost, self._data = objective.traced_cost(blocks[0])
-
-        def loss(point: Array, scale: Array, *data: Array) -> Array:
-            params = jnp.asarray(space.p0).at[free].set(point / scale)
-            return 2 * cost(params, *data) / self._spread
-
-        options = LbfgsOptions(
-            max_iterations=config.max_warmup_iterations, history_size=config.lbfgs_history_size
-        )
-        self._minimize = build_lbfgs(loss, options)
-
-    def run(self, start: Vector, bounds: tuple[Vector, Vector]) -> tuple[Vector, float]:
-        """The best point and its loss over the variance of y."""
-        whitening = self._objective.whitening(start, self._blocks)
-        if whitening is None:
-            return start, np.inf
-        norms = np.linalg.norm(whitening, axis=0) / np.sqrt(self._spread)
-        scale = np.where(norms > 0, norms, 1.0)
-        lower, upper = (side * scale for side in bounds)
-        with jax.enable_x64(True):
-            point, loss = self._minimize(start * scale, lower, upper, scale, *self._data)
-        end = np.asarray(point) / scale
-        if not np.isfinite(end).all():
-            return start, np.inf
-        return strictly_inside(end, *bounds), float(loss)
