@@ -70,10 +70,12 @@ def estimate_covariance(
     spectrum = spectrum_of(factor, scale)
     free = robust if robust is not None else _classical(spectrum, scale, variance)
     undetermined = np.any(np.abs(spectrum.right[~spectrum.is_identified]) > _IN_NULL_SPACE, axis=0)
+    matrix = _over_all(space, params, free, undetermined)
     if not np.isfinite(variance):
-        undetermined = np.ones(k, bool)
+        varies = space.is_free | space.is_tied
+        matrix[np.ix_(varies, varies)] = np.inf
     return Covariance(
-        matrix=_over_all(space, params, free, undetermined),
+        matrix=matrix,
         rank=spectrum.rank,
         rank_tolerance=rank_tolerance(k),
         condition_number=spectrum.condition_number,

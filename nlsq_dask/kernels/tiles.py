@@ -167,4 +167,4 @@ def _group_weight(
 ) -> tuple[Float[Array, ...], Bool[Array, ...]]:
     """The weight of each group number, and whether it is one."""
     number = jnp.clip(jnp.nan_to_num(group), 0, len(weights) - 1).astype(jnp.int32)
-    return weights[number], number == group
+    return jnp.asarray(weights)[number], number == group
