@@ -39,7 +39,7 @@ ORDER = [
     {"phases", "resolve"},
     {"optimizer"},
     {"api", "testing"},
-    {""},
+    {"", "compat"},
     {"cli"},
 ]
 KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "cli"}
