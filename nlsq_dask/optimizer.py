@@ -7,7 +7,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,12 +33,17 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
 from nlsq_dask.result import FitResult
 from nlsq_dask.sources.base import Source
-from nlsq_dask.sources.batches import Spool
+from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.telemetry import Callback
 
-__all__ = ["AdaptiveHybridStreamingOptimizer", "require_callback", "require_config"]
+__all__ = [
+    "AdaptiveHybridStreamingOptimizer",
+    "open_spool",
+    "require_callback",
+    "require_config",
+]
 
 # Less work than this in a pass is done sooner in this process than sent to a cluster.
 _IN_PROCESS_ROW_PARAMETERS = 5e6
@@ -101,12 +106,12 @@ class AdaptiveHybridStreamingOptimizer:
 
         Parameters
         ----------
-        data_source : tuple, iterator, Dataset, str, path, zarr store or Source, optional
+        data_source : tuple, iterator, Spool, Dataset, str, path, zarr store or Source, optional
             ``(x, y)`` or ``(x, y, sigma)`` of arrays or Dask arrays, rows first: `x` of shape
             ``(m,)`` or ``(m, variables)``. Or an iterator of such tuples, a generator for
-            instance, all of whose rows are spooled and fitted. Or what `fit_dataset` takes,
-            whose variables are arguments of `func` by name; a store of just ``x`` and ``y``,
-            rows first, goes by position.
+            instance, all of whose rows are spooled and fitted; or a `Spool` of them. Or what
+            `fit_dataset` takes, whose variables are arguments of `func` by name; a store of
+            just ``x`` and ``y``, rows first, goes by position.
         func, model : callable
             ``func(x, p1, p2, …)`` in JAX's NumPy; `x` arrives as it is given, ``(rows,)`` or
             ``(rows, variables)``. Either name will do, but not both.
@@ -183,10 +188,7 @@ class AdaptiveHybridStreamingOptimizer:
         limit_bytes: int | None,
     ) -> Iterator[ModelledRows]:
         """The rows of all batches, for as long as the fit needs them."""
-        with Spool(location, limit_bytes=limit_bytes) as spool:
-            client = active_client() if client is None else client
-            if client is not None:
-                require_reach(client, spool.url, spool.storage_options)
+        with open_spool(location, client=client, limit_bytes=limit_bytes) as spool:
             # What can be seen to be wrong at the first batch need not wait for the last.
             for batch in batches:
                 spool.extend([batch])
@@ -298,6 +300,30 @@ class AdaptiveHybridStreamingOptimizer:
 
 
 # -- what is given
+
+
+def open_spool(
+    location: str | os.PathLike[str] | None = None,
+    *,
+    client: Any = None,
+    limit_bytes: int | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Spool:
+    """A place for batches that the workers of the client, given or active, can read.
+
+    Raises
+    ------
+    WorkerError
+        If one of them cannot.
+    """
+    spool = Spool(location, limit_bytes=limit_bytes, chunk_rows=chunk_rows)
+    client = active_client() if client is None else client
+    if client is not None:
+        with ExitStack() as undo:
+            undo.callback(spool.close)
+            require_reach(client, spool.url, spool.storage_options)
+            undo.pop_all()
+    return spool
 
 
 def _require_one(

@@ -171,6 +171,9 @@ class GivenModel:
         if data is None or isinstance(data, tuple | list):
             x, y, sigma = _arrays(data, sigma, x_data, y_data)
             return self._of_arrays(*build_row_source(x, y, sigma))
+        if isinstance(data, Spool):
+            require_absent("a spool, which has its own", sigma=sigma, x_data=x_data, y_data=y_data)
+            return self.rows_spooled(data)
         if not isinstance(data, _DATASET_TYPES):
             raise TypeError(
                 "`data_source` must be (x, y), an iterator of batches, an xarray.Dataset, the "

@@ -46,7 +46,7 @@ ORDER = [
     {"phases", "resolve"},
     {"optimizer"},
     {"api", "testing"},
-    {""},
+    {"", "compat"},
     {"cli"},
 ]
 KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "cli"}

@@ -13,6 +13,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,9 +27,9 @@ from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.stores import open_store
 from nlsq_dask.sources.xarray import column_of
 
-__all__ = ["Spool"]
+__all__ = ["CHUNK_ROWS", "Spool"]
 
-_CHUNK_ROWS = 2**18
+CHUNK_ROWS = 2**18
 _DIM = "row"
 
 
@@ -91,7 +92,7 @@ class Spool:
         location: str | os.PathLike[str] | None = None,
         *,
         limit_bytes: int | None = None,
-        chunk_rows: int = _CHUNK_ROWS,
+        chunk_rows: int = CHUNK_ROWS,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._options = dict(storage_options or {})
@@ -154,23 +155,33 @@ class Spool:
         SpoolLimitError
             If the spool would hold more than its limit.
         """
-        if not self._remove.alive:
-            raise ValueError("batches must be appended before the spool is closed")
+        self._require_open()
         columns, layout = _columns(self._num_batches, x, y, sigma)
         first = layout if self._layout is None else self._layout
         if layout != first:
             raise ValueError(
                 f"batch {self._num_batches} must be like the first one, {first}; got {layout}"
             )
-        num_rows = len(columns["y"])
-        self._require_room(num_rows * layout.row_bytes)
-        self._layout = layout
-        self._num_batches += 1
-        if num_rows:
+        self._require_room(len(columns["y"]) * layout.row_bytes)
+        with ExitStack() as undo:
             self._pending.append(columns)
-            self._num_pending += num_rows
-        if self._num_pending >= self._chunk_rows:
-            self._write_full_chunks()
+            undo.callback(self._pending.pop)
+            full = self._num_pending + len(columns["y"])
+            full -= full % self._chunk_rows
+            if full:
+                joined = self._joined(first)
+                self._store({name: column[:full] for name, column in joined.items()})
+            undo.pop_all()
+        if full:
+            self._pending = [{name: column[full:].copy() for name, column in joined.items()}]
+        self._layout = first
+        self._num_written += full
+        self._num_pending += len(columns["y"]) - full
+        self._num_batches += 1
+
+    def _require_open(self) -> None:
+        if not self._remove.alive:
+            raise ValueError("the spool must not be closed before its batches are fitted")
 
     def _require_room(self, more_bytes: int) -> None:
         limit = self._limit_bytes
@@ -189,9 +200,10 @@ class Spool:
         DataError
             If there are none.
         """
+        self._require_open()
         if self._layout is None or self.num_rows == 0:
             raise DataError(f"there must be rows to fit, got {self._num_batches} batches with none")
-        self._store(self._joined())
+        self._store(self._joined(self._layout))
         ds = open_store(self._url, self._options or None)
         columns = {name: column_of(name, ds[name].variable) for name in self._layout.dtypes}
         source = GridSource(
@@ -217,50 +229,38 @@ class Spool:
 
     # -- the store
 
-    def _joined(self) -> dict[str, np.ndarray]:
-        assert self._layout is not None
-        if len(self._pending) != 1:
-            self._pending = [
-                {
-                    name: np.concatenate([np.empty(0, dtype), *(part[name] for part in parts)])
-                    for name, dtype in self._layout.dtypes.items()
-                }
-                for parts in [self._pending]
-            ]
-        return self._pending[0]
-
-    def _write_full_chunks(self) -> None:
-        columns = self._joined()
-        full = self._num_pending - self._num_pending % self._chunk_rows
-        self._store({name: column[:full] for name, column in columns.items()})
-        self._pending = [{name: column[full:].copy() for name, column in columns.items()}]
-        self._num_written += full
-        self._num_pending -= full
+    def _joined(self, layout: _Layout) -> dict[str, np.ndarray]:
+        return {
+            name: np.concatenate([np.empty(0, dtype), *(part[name] for part in self._pending)])
+            for name, dtype in layout.dtypes.items()
+        }
 
     def _store(self, columns: Mapping[str, np.ndarray]) -> None:
         """Write rows after those in full chunks; over the start of a chunk written before."""
         if not self._arrays:
-            self._arrays = self._create_arrays()
+            self._arrays = self._create_arrays(columns)
         end = self._num_written + len(columns["y"])
         for name, array in self._arrays.items():
             array.resize((end,))
             array[self._num_written : end] = columns[name]
 
-    def _create_arrays(self) -> dict[str, Any]:
-        assert self._layout is not None
+    def _create_arrays(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         group = zarr.create_group(
-            store=self._url, zarr_format=3, storage_options=self._options or None
+            store=self._url,
+            zarr_format=3,
+            overwrite=True,  # what an interruption left of it
+            storage_options=self._options or None,
         )
         return {
             name: group.create_array(
                 name,
                 shape=(0,),
                 chunks=(self._chunk_rows,),
-                dtype=dtype,
+                dtype=column.dtype,
                 dimension_names=(_DIM,),
                 compressors=None,
             )
-            for name, dtype in self._layout.dtypes.items()
+            for name, column in columns.items()
         }
 
 
