@@ -19,7 +19,7 @@ Fit = Callable[..., FitResult]
 Row = tuple[str, Callable[[Fit], bool]]
 
 POOR = {"amplitude": 8.0, "rate": 2.0, "offset": -1.0}
-FAIR = {"amplitude": 1.0, "rate": 1.0, "offset": 0.0}
+FAIR = {"amplitude": 3.0, "rate": 0.5, "offset": 0.1}
 GOOD = {"amplitude": 1.9, "rate": 0.55, "offset": 0.15}
 
 

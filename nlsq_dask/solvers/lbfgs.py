@@ -111,6 +111,7 @@ class _Trial:
         return bool(np.isfinite(self.value) and np.isfinite(self.grad).all())
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def begin(evaluate: Evaluate, start: Float[np.ndarray, " k"], options: DescentOptions) -> Carry:
     """The carry at the start."""
     value, grad = evaluate(start)
@@ -134,10 +135,12 @@ def begin(evaluate: Evaluate, start: Float[np.ndarray, " k"], options: DescentOp
         num_pairs=0,
         ending=Ending.RUNNING,
     )
-    ending = Ending.RUNNING if np.isfinite(value) else Ending.NOT_FINITE
-    return replace(carry, ending=Ending.LIMIT if options.max_iterations == 0 else ending)
+    if not np.isfinite(value + np.linalg.norm(grad)):
+        return replace(carry, ending=Ending.NOT_FINITE)
+    return replace(carry, ending=Ending.LIMIT) if options.max_iterations == 0 else carry
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def iterate(
     evaluate: Evaluate, carry: Carry, first_step: float, bounds: Box, options: DescentOptions
 ) -> Carry:
@@ -146,7 +149,7 @@ def iterate(
     Parameters
     ----------
     evaluate : callable
-        ``point -> (loss, gradient)``.
+        ``point -> (loss, gradient)``, which may overflow: a trial has to be finite.
     first_step : float
         Length of the first step relative to the gradient's.
     bounds : (lower, upper)

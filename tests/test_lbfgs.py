@@ -1,0 +1,181 @@
+"""L-BFGS by itself, on functions with known minima."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlsq_dask.solvers.lbfgs import DescentOptions, Ending, begin, iterate
+
+SEARCHES = ("wolfe", "strong_wolfe", "backtracking")
+FREE = np.full(2, -np.inf), np.full(2, np.inf)
+OPTIONS = DescentOptions(
+    line_search="wolfe",
+    history_size=10,
+    warmup_iterations=10**6,
+    max_iterations=1000,
+    plateau=None,
+    gradient_norm=None,
+    max_iter_is_criterion=True,
+    cost_increase=np.inf,
+    max_step=np.inf,
+    gradient_clip=np.inf,
+)
+
+
+def rosenbrock(point):
+    return float(scipy.optimize.rosen(point)), scipy.optimize.rosen_der(point)
+
+
+def square(point):
+    return float(point @ point), 2 * point
+
+
+def descend(evaluate, start, options=OPTIONS, bounds=FREE, first_step=0.1):
+    """All carries, the first at the start."""
+    carries = [begin(evaluate, np.asarray(start, float), options)]
+    while carries[-1].ending is Ending.RUNNING:
+        carries.append(iterate(evaluate, carries[-1], first_step, bounds, options))
+    return carries
+
+
+def vary(**changes):
+    return dataclasses.replace(OPTIONS, **changes)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("max_step", [np.inf, 0.1])
+@pytest.mark.parametrize("history_size", [1, 5])
+def test_the_minimum_is_found(search, max_step, history_size):
+    options = vary(line_search=search, max_step=max_step, history_size=history_size)
+    *_, last = descend(rosenbrock, [-1.2, 1.0], options)
+    assert last.ending is Ending.STATIONARY
+    np.testing.assert_allclose(last.best, [1, 1], atol=1e-3)
+    assert last.ways.shape[0] <= history_size
+
+
+def test_as_many_evaluations_as_scipy_needs_give_or_take():
+    *_, last = descend(rosenbrock, [-1.2, 1.0], first_step=1.0)
+    scipy_fit = scipy.optimize.minimize(
+        rosenbrock, [-1.2, 1.0], jac=True, method="L-BFGS-B", options={"ftol": 1e-9}
+    )
+    assert last.num_evaluations < 2 * scipy_fit.nfev
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_bound_is_kept_to_and_left_again(search):
+    """The way to the minimum within the box leads along a face of it."""
+    seen = []
+
+    def watched(point):
+        seen.append(point)
+        return rosenbrock(point)
+
+    bounds = np.array([-2.0, -0.5]), np.array([0.8, 0.3])
+    *_, last = descend(watched, [-1.2, 0.3], vary(line_search=search), bounds)
+    assert np.all((np.array(seen) >= bounds[0]) & (np.array(seen) <= bounds[1]))
+    oracle = scipy.optimize.minimize(
+        rosenbrock, [0.1, 0.1], jac=True, bounds=list(zip(*bounds, strict=True))
+    )
+    np.testing.assert_allclose(last.best, oracle.x, atol=1e-3)
+
+
+def test_value_and_gradient_of_a_carry_are_those_at_its_point():
+    bounds = np.array([-2.0, -0.5]), np.array([0.8, 0.3])
+    for carry in descend(rosenbrock, [-1.2, 0.3], OPTIONS, bounds):
+        value, grad = rosenbrock(carry.point)
+        assert carry.value == value
+        np.testing.assert_array_equal(carry.grad, grad)
+        assert carry.best_value == rosenbrock(carry.best)[0]
+
+
+@given(
+    start=st.tuples(st.floats(-3, 3), st.floats(-3, 3)),
+    search=st.sampled_from(SEARCHES),
+    max_step=st.sampled_from([0.03, 0.3]),
+    first_step=st.sampled_from([1e-6, 0.1, 1e3]),
+)
+def test_no_step_is_longer_than_allowed_and_the_best_only_improves(
+    start, search, max_step, first_step
+):
+    options = vary(line_search=search, max_step=max_step, max_iterations=30)
+    carries = descend(rosenbrock, start, options, first_step=first_step)
+    for before, after in itertools.pairwise(carries):
+        assert np.linalg.norm(after.point - before.point) <= max_step * (1 + 1e-12)
+        assert after.best_value <= before.best_value
+        assert after.num_clipped - before.num_clipped in (0, 1)
+
+
+@pytest.mark.parametrize("length", [0.01, 0.1, 0.4])
+def test_the_first_step_is_relative_to_the_gradient(length):
+    options = vary(line_search="backtracking", max_iterations=1)
+    *_, last = descend(square, [3.0, 4.0], options, first_step=length)
+    np.testing.assert_allclose(last.point, (1 - 2 * length) * np.array([3.0, 4.0]))
+
+
+def test_a_clipped_gradient_gives_a_shorter_first_step():
+    options = vary(line_search="backtracking", max_iterations=1, gradient_clip=0.5)
+    *_, last = descend(square, [3.0, 4.0], options, first_step=1.0)
+    np.testing.assert_allclose(last.point, 0.9 * np.array([3.0, 4.0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ending", "count"),
+    [
+        ({"max_iterations": 4}, Ending.MAX_ITER, 4),
+        ({"max_iterations": 4, "max_iter_is_criterion": False}, Ending.LIMIT, 4),
+        ({"max_iterations": 0}, Ending.LIMIT, 0),
+        ({"warmup_iterations": 6, "plateau": 0.999999}, Ending.PLATEAU, 6),
+        ({"warmup_iterations": 6, "gradient_norm": 1e9}, Ending.GRADIENT, 6),
+        ({"warmup_iterations": 0, "gradient_norm": 1e9}, Ending.GRADIENT, 1),
+    ],
+)
+def test_what_ends_a_descent_and_when(changes, ending, count):
+    *_, last = descend(rosenbrock, [-1.2, 1.0], vary(**changes))
+    assert last.ending is ending
+    assert last.count == count
+
+
+def uphill(point):
+    """A gradient of the wrong sign."""
+    value, grad = square(point)
+    return value, -grad
+
+
+def test_searches_that_fail_are_counted_and_end_the_descent():
+    *_, last = descend(uphill, [1.0, 0.0])
+    assert last.ending is Ending.LINE_SEARCH
+    assert last.num_failures == last.num_failing == last.count == 3
+    assert last.best_value == 1.0
+    np.testing.assert_array_equal(last.best, [1, 0])
+
+
+def test_the_guard_ends_what_goes_up_and_the_best_point_is_kept():
+    *_, last = descend(uphill, [1.0, 0.0], vary(cost_increase=0.05))
+    assert last.ending is Ending.COST_GUARD
+    assert last.value > 1.05
+    assert last.best_value == 1.0
+
+
+def test_points_where_the_function_is_not_finite_are_avoided():
+    def logarithm(point):
+        with np.errstate(all="ignore"):
+            return float(np.sum(point - np.log(point))), 1 - 1 / point
+
+    *_, last = descend(logarithm, [5.0, 0.01], first_step=100.0)
+    np.testing.assert_allclose(last.best, [1, 1], atol=1e-3)
+    *_, hopeless = descend(logarithm, [-1.0, 1.0])
+    assert hopeless.ending is Ending.NOT_FINITE
+    assert hopeless.count == 0
+
+
+def test_a_start_without_slope_is_stationary():
+    *_, last = descend(square, [0.0, 0.0])
+    assert last.ending is Ending.STATIONARY
+    assert last.count == 0

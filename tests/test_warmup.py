@@ -1,0 +1,262 @@
+"""Phase 1 on a sample: what it hands out, that it can be resumed, and what it is good for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+import problems
+from config_rows_warmup import GOOD, POOR, ROWS, fit, warmup_of
+from nlsq_dask import HybridStreamingConfig, Status, fit_dataset, phases
+from nlsq_dask.warmup import warm_up
+from nlsq_dask.warmup_state import WarmupState
+
+
+@pytest.mark.parametrize(("field", "shows"), ROWS, ids=[field for field, _ in ROWS])
+def test_each_option_changes_what_it_says(field, shows):
+    assert field in {known.name for known in dataclasses.fields(HybridStreamingConfig)}
+    assert shows(fit)
+
+
+def arguments(**options):
+    """What a fit hands to the warmup: objective, configuration, tolerances."""
+    with mock.patch.object(phases, "warm_up", wraps=warm_up) as watched:
+        fit(**options)
+    return watched.call_args.args
+
+
+def flat(warmup):
+    """All numbers of a warmup, to compare bits."""
+    found = [warmup.whitening, warmup.num_starts, warmup.num_evaluations, warmup.halves_agree]
+    for optimum in warmup.optima:
+        found += [optimum.params, optimum.cost, optimum.factor]
+    for descent in warmup.descents:
+        found += [getattr(descent, field.name) for field in dataclasses.fields(descent)]
+    found += [warmup.normalizer.offset, warmup.normalizer.scale]
+    found += [np.array(list(warmup.defense.export_metrics().values()))]
+    if warmup.tournament is not None:
+        found += [warmup.tournament.candidates, warmup.tournament.survivors]
+        found += [stage.costs for stage in warmup.tournament.rounds]
+    return [np.asarray(part).tobytes() for part in found]
+
+
+# -- resumed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enable_multistart": True, "n_starts": 5},
+        {"p0": GOOD, "warm_start_threshold": 0.5, "lbfgs_line_search": "backtracking"},
+        {"bounds": {"rate": (0, 2.5), "offset": (0.2, 1)}, "p0": {**POOR, "offset": 0.5}},
+    ],
+    ids=["scattered", "tournament", "warm start", "bounds"],
+)
+def test_resumed_from_any_state_it_ends_in_the_same_bits(options):
+    objective, config, tolerances = arguments(checkpoint_frequency=13, **options)
+    states = []
+    whole = warm_up(objective, config, tolerances, on_state=states.append)
+    assert len(states) > 3
+    assert states[-1].progress.carry is None
+    for state in states:
+        arrays = {name: np.array(value) for name, value in state.to_arrays().items()}
+        assert all(value.dtype.kind in "bif" for value in arrays.values())
+        again = WarmupState.from_arrays(arrays)
+        assert flat(warm_up(objective, config, tolerances, resume=again)) == flat(whole)
+
+
+def test_states_come_every_so_many_iterations_and_at_the_end():
+    objective, config, tolerances = arguments(checkpoint_frequency=20)
+    states = []
+    whole = warm_up(objective, config, tolerances, on_state=states.append)
+    total = sum(descent.num_iterations for descent in whole.descents)
+    *under_way, last = states
+    counts = [state.num_iterations + state.progress.carry.count for state in under_way]
+    assert set(counts) <= set(range(20, total, 20))
+    assert len(counts) >= total // 20 - len(whole.descents)
+    assert last.num_iterations == total
+    assert last.progress.finished == whole.descents
+
+
+def test_a_resumed_warmup_goes_on_telling():
+    objective, config, tolerances = arguments(checkpoint_frequency=40, callback_frequency=10)
+    states, records, later = [], [], []
+    warm_up(objective, config, tolerances, on_state=states.append, on_iteration=records.append)
+    warm_up(objective, config, tolerances, on_iteration=later.append, resume=states[0])
+    expected = [record.iteration for record in records if record.iteration > 40]
+    assert [record.iteration for record in later] == expected
+
+
+def test_a_state_of_another_problem_is_refused():
+    objective, config, tolerances = arguments()
+    states = []
+    warm_up(objective, config, tolerances, on_state=states.append)
+    other = dataclasses.replace(states[-1], starts=np.zeros((1, 7)))
+    with pytest.raises(ValueError, match=r"`resume` must .* 3 free parameters.*\(1, 7\)"):
+        warm_up(objective, config, tolerances, resume=other)
+
+
+def test_watching_does_not_change_the_bits():
+    objective, config, tolerances = arguments(callback_frequency=1, checkpoint_frequency=1)
+    alone = warm_up(objective, config, tolerances)
+    watched = warm_up(
+        objective, config, tolerances, on_iteration=lambda _: None, on_state=lambda _: None
+    )
+    assert flat(alone) == flat(watched)
+
+
+# -- records
+
+
+def test_records_are_in_original_space_with_the_loss_at_their_point():
+    t, y = problems.make_decay(400, noise=0.05)
+    records = []
+    result = fit(callback=records.append, callback_frequency=3)
+    in_warmup = [record for record in records if record.phase == 1]
+    in_passes = [record for record in records if record.phase == 2]
+    assert records == in_warmup + in_passes
+    assert [record.iteration for record in in_passes] == list(range(1, result.num_passes + 1))
+    assert result.history == tuple(in_passes)
+    assert len(in_warmup) > 5
+    for record in in_warmup:
+        assert record.iteration % 3 == 0
+        residual = problems.decay_numpy(t, record.params) - y
+        np.testing.assert_allclose(record.loss, np.mean(residual**2), rtol=1e-10)
+        np.testing.assert_allclose(record.cost, 0.5 * np.sum(residual**2), rtol=1e-10)
+        assert record.num_rows == 400
+        assert np.isnan(record.distance)
+    assert str(in_warmup[0]).startswith("warmup, iteration 3: loss ")
+    assert str(in_passes[0]).startswith("pass 1: cost ")
+
+
+def test_records_hold_all_parameters_fixed_ones_too():
+    records = []
+    ds = xr.Dataset(dict(zip("ty", [("row", v) for v in problems.make_decay(300)], strict=True)))
+    fit_dataset(
+        ds,
+        problems.decay,
+        y="y",
+        x="t",
+        p0=POOR | {"offset": 0.1},
+        fixed=["offset"],
+        callback=records.append,
+    )
+    assert records[0].phase == 1
+    assert all(record.params.shape == (3,) and record.params[2] == 0.1 for record in records)
+
+
+def test_stop_iteration_in_the_warmup_ends_the_fit_after_a_pass():
+    seen = []
+
+    def stop(record):
+        seen.append(record)
+        raise StopIteration
+
+    # So many rows that one pass does not do.
+    result = fit(callback=stop, num_rows=60_000, callback_frequency=5)
+    assert [record.phase for record in seen] == [1, 2]
+    assert result.status is Status.STOPPED_BY_CALLBACK
+    assert result.num_passes == 1
+    assert warmup_of(result)["criteria"] == ["callback"]
+    assert warmup_of(result)["was_stopped"]
+    np.testing.assert_allclose(result.popt, problems.TRUTH, atol=0.05)
+
+
+# -- what was done
+
+
+def test_the_diagnostics_say_how_each_descent_went():
+    t, y = problems.make_decay(400, noise=0.05)
+    told = warmup_of(fit(max_warmup_iterations=30))
+    assert set(told["criteria"]) <= {"stationary", "max_iter"}
+    lists = ("criteria", "iterations", "losses", "ends", "line_search_failures", "history_fill")
+    assert {len(told[name]) for name in lists} == {5}
+    np.testing.assert_array_equal(told["starts"][0], list(POOR.values()))
+    for point, loss in itertools.chain(
+        zip(told["starts"], told["start_losses"], strict=True),
+        zip(told["ends"], told["losses"], strict=True),
+    ):
+        residual = problems.decay_numpy(t, point) - y
+        np.testing.assert_allclose(loss, np.mean(residual**2) / np.var(y), rtol=1e-8)
+    assert all(count <= 30 for count in told["iterations"])
+
+
+def test_the_relative_loss_counts_weights():
+    """Of y, as sigma weights it, about its weighted mean: 1 for a constant at that mean."""
+    t, y = problems.make_decay(300)
+    sigma = np.linspace(0.1, 3, 300)
+    mean = float(np.average(y, weights=sigma**-2))
+    ds = xr.Dataset({name: ("row", v) for name, v in zip("tys", (t, y, sigma), strict=True)})
+    result = fit_dataset(
+        ds, problems.decay, y="y", x="t", sigma="s", p0={**GOOD, "amplitude": 0.0, "offset": mean}
+    )
+    np.testing.assert_allclose(warmup_of(result)["start_losses"][0], 1.0)
+
+
+def test_without_iterations_there_are_no_descents():
+    result = fit(max_warmup_iterations=0)
+    assert result.success
+    assert warmup_of(result)["criteria"] == []
+    assert result.diagnostics["defense"]["metrics"]["nlsq_defense_warmup_calls_total"] == 0
+
+
+def test_the_loss_is_compiled_once_for_all_descents():
+    traced = []
+
+    def model(t, amplitude, rate, offset):
+        traced.append(1)
+        return problems.decay(t, amplitude, rate, offset)
+
+    def count(n_starts):
+        traced.clear()
+        told = warmup_of(
+            fit(model, enable_multistart=True, n_starts=n_starts, elimination_rounds=0)
+        )
+        assert len(told["ends"]) > n_starts // 2
+        return len(traced)
+
+    assert count(3) == count(12)
+
+
+# -- what it is good for
+
+
+def two_decays(t, fast, fast_rate, slow, slow_rate, offset):
+    return fast * jnp.exp(-fast_rate * t) + slow * jnp.exp(-slow_rate * t) + offset
+
+
+TWO = np.array([1e4, 1.0, 100.0, 0.01, 1.0])
+
+
+@pytest.fixture(scope="module")
+def imbalanced():
+    t = np.geomspace(0.01, 600, 1_000_000)
+    y = np.asarray(two_decays(t, *TWO)) + np.random.default_rng(0).normal(size=t.size)
+    return xr.Dataset({"y": ("row", y), "t": ("row", t)})
+
+
+FACTORS = [
+    (3, 3, 3, 3, 3),
+    (1 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3),
+    (3, 1 / 3, 3, 1 / 3, 3),
+    (1 / 3, 3, 1 / 3, 3, 1 / 3),
+]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("strategy", ["auto", "jacobian"])
+def test_scales_a_million_apart_from_a_factor_of_three_off(imbalanced, factors, strategy):
+    config = HybridStreamingConfig(normalization_strategy=strategy)
+    result = fit_dataset(
+        imbalanced, two_decays, y="y", x="t", p0=list(TWO * factors), config=config
+    )
+    assert result.success
+    assert np.all(np.abs(result.popt - TWO) < 5 * result.perr)
+    assert np.all(result.perr < 0.02 * TWO)
