@@ -22,6 +22,7 @@ from typing import Any, Self
 from nlsq_dask._typing import ModelFunction
 from nlsq_dask.api import require_choice, with_scipy_options
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.cluster import require_client
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, open_spool, require_config
@@ -87,7 +88,8 @@ class FitOptions:
     bounds : 2-tuple or `scipy.optimize.Bounds`, optional
     method : {"auto", "lm", "trf", "dogbox", "hybrid_streaming"}, optional
         All are one solver here.
-    loss : str
+    loss, f_scale
+        As in `fit_dataset`.
     absolute_sigma : bool
         Whether `sigma` is known, or only its ratios count.
     show_progress : bool
@@ -104,6 +106,7 @@ class FitOptions:
     bounds: BoundsLike = None
     method: str | None = None
     loss: str = "linear"
+    f_scale: float | str = 1.0
     absolute_sigma: bool = False
     show_progress: bool = False
     verbose: int | None = None
@@ -117,8 +120,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, _METHODS)
-        # TO CONNECT: the engine's losses, handed on in `fit` as `loss=self.loss`.
-        require_choice("loss", self.loss, ("linear",))
+        Criterion(loss=self.loss, f_scale=self.f_scale)
         require_client(self.client)
         require_config(self.config)
 
@@ -140,6 +142,8 @@ class FitOptions:
                 sigma,
                 self.absolute_sigma,
                 verbose=self.verbose,
+                loss=self.loss,
+                f_scale=self.f_scale,
                 client=self.client,
             )
         return CurveFitResult(result)

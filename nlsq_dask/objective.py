@@ -195,6 +195,7 @@ class FullObjective:
     evaluator: Evaluator
     sample: SampleObjective
     precision: Precision = "float64"
+    names_leaves: bool = True
     passes: list[Pass] = field(default_factory=list)
     points: list[Vector] = field(default_factory=list)  # of each pass, all parameters
     rival_costs: tuple[float, ...] = ()  # of the last call's rivals
@@ -257,6 +258,7 @@ class FullObjective:
             rivals=rivals,
             center=center,
             precision=self.precision,
+            names_leaves=self.names_leaves,
         )
 
     def _evaluate(self, request: Request) -> Pass:

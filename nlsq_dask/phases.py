@@ -104,6 +104,7 @@ class _Fit:
             evaluator=self._evaluator,
             sample=on_sample,
             precision=self._config.precision,
+            names_leaves=self._config.validate_numerics,
         )
         start = time.perf_counter()
         state, gate = self._gate(full, warmup, sample.center)

@@ -31,6 +31,7 @@ class Request:
     center: float | None = None  # of the summary of y; None leaves it out
     with_scores: bool = False  # the parts of a sandwich covariance
     precision: Precision = "float64"
+    names_leaves: bool = True  # those with sums that are not finite, or rows that are refused
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

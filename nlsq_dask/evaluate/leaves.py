@@ -71,7 +71,7 @@ class ProblemHome:
         def each() -> Iterator[tuple[int, Sums]]:
             for index, chunk in self._chunks(leaves, meter, may_cache, blocks):
                 sums = self._evaluate(chunk, request, meter)
-                if _is_offending(sums):
+                if request.names_leaves and _is_offending(sums):
                     offending.append(index)
                 yield index, sums
 
