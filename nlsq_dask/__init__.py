@@ -7,11 +7,6 @@ and HDF5 stores; `curve_fit` with SciPy's contract for arrays.
 from nlsq_dask._version import __version__
 from nlsq_dask.api import curve_fit, fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.defense import (
-    DefenseLayerTelemetry,
-    get_defense_telemetry,
-    reset_defense_telemetry,
-)
 from nlsq_dask.result import FitResult
 from nlsq_dask.sources.base import Chunk, Source
 from nlsq_dask.status import Status
@@ -19,7 +14,6 @@ from nlsq_dask.telemetry import IterationRecord
 
 __all__ = [
     "Chunk",
-    "DefenseLayerTelemetry",
     "FitResult",
     "HybridStreamingConfig",
     "IterationRecord",
@@ -28,6 +22,4 @@ __all__ = [
     "__version__",
     "curve_fit",
     "fit_dataset",
-    "get_defense_telemetry",
-    "reset_defense_telemetry",
 ]
