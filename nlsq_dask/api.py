@@ -126,7 +126,9 @@ def fit_dataset(
         a pass is too little work to send; else threads of this process. None is ever started.
     config : HybridStreamingConfig, optional
     callback : callable, optional
-        Called with an `IterationRecord` after each pass; raising StopIteration ends the fit.
+        Called with an `IterationRecord` after each pass (``phase`` 2) and, before that, every
+        `callback_frequency` iterations of the warmup (``phase`` 1). Raising StopIteration ends the
+        fit, in the warmup after a first pass.
     storage_options : mapping, optional
         For a URL, in fsspec's names.
 

@@ -115,7 +115,8 @@ class HybridStreamingConfig:
     normalization_strategy : {"auto", "bounds", "p0", "jacobian", "none"}
         What the scales are: the distance of the bounds, the size of `p0`, or the column norms of
         the sample's Jacobian (Moré 1978). "auto" takes the bounds of a parameter where both are
-        finite, else `p0`, each parameter by itself; the scale of a zero `p0` is 1.
+        finite, else `p0`, each parameter by itself; the scale of a zero `p0` is 1. "bounds" does
+        the same.
     warmup_iterations : int
         Phase 1: L-BFGS iterations before the switching criteria are tested.
     max_warmup_iterations : int
@@ -125,7 +126,8 @@ class HybridStreamingConfig:
     gradient_norm_threshold : float
         Of the loss over the variance of `y`, in normalized space.
     active_switching_criteria : sequence of {"plateau", "gradient", "max_iter"}
-        What ends L-BFGS. Without "max_iter" the limit still holds, but is not a criterion.
+        What ends L-BFGS. Without "max_iter" the limit still holds, but is not a criterion. Whatever
+        the criteria, it ends once the loss no longer moves (by 1e-8 of itself).
     lbfgs_history_size : int
         Pairs that L-BFGS keeps.
     lbfgs_initial_step_size, lbfgs_exploration_step_size, lbfgs_refinement_step_size : float
@@ -133,7 +135,7 @@ class HybridStreamingConfig:
         of the start is 1 or more, refinement below 0.1, initial between, and always where
         `enable_adaptive_warmup_lr` is off.
     lbfgs_line_search : {"wolfe", "strong_wolfe", "backtracking"}
-        Zoom for the (strong) Wolfe conditions, or backtracking for Armijo's.
+        Bracketing for the weak or the strong Wolfe conditions, or backtracking for Armijo's alone.
     gradient_clip_value : float, optional
         Longest gradient that L-BFGS is given, in normalized space.
     enable_warm_start_detection, warm_start_threshold
@@ -196,8 +198,9 @@ class HybridStreamingConfig:
         Batches of 256 rows that candidates are compared on in the first round; twice as many in
         each that follows.
     center_on_p0, scale_factor
-        Starts are drawn around `p0` instead of between the bounds; the box is `scale_factor`
-        times as wide.
+        Starts are drawn around `p0` instead of between the bounds. The box is as wide as the bounds
+        where both are finite, else ``2 |p0|`` (2 where that is zero), times `scale_factor`, and
+        ends at the bounds.
     precision : {"float64", "mixed", "float32"}
         Of the passes over all data. "mixed" takes derivatives in float32, residuals and sums in
         float64; both lower ones move to float64 by themselves where they fail.

@@ -24,7 +24,6 @@ __all__ = [
     "reset_defense_telemetry",
 ]
 
-FIRST_STEPS = ("refinement", "careful", "exploration")
 _MAX_EVENTS = 1000
 _PREFIX = "nlsq_defense_"
 # Counter of the telemetry -> name and meaning of the metric.
@@ -58,7 +57,7 @@ class DefenseRecord:
 
     start_loss: float  # over the variance of y
     is_warm_start: bool
-    first_step: str | None  # one of FIRST_STEPS; None where layer 2 had no say
+    first_step: str | None  # refinement, careful or exploration; None where layer 2 had no say
     guard_ended: bool
     num_clipped: int
     history_filled: bool

@@ -38,10 +38,13 @@ class IterationRecord:
     num_active: int
     num_rows: int
     bytes_read: int
-    seconds: float
+    seconds: float  # of the pass, or since the last record of the warmup
 
     @property
     def rows_per_second(self) -> float:
+        """Of a pass; NaN in the warmup, which looks at the same few rows again and again."""
+        if self.phase == 1:
+            return np.nan
         return self.num_rows / self.seconds if self.seconds > 0 else np.inf
 
     def __str__(self) -> str:
