@@ -32,7 +32,7 @@ from nlsq_dask.sources.arrays import build_array_source, require_finite
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback
 
-__all__ = ["curve_fit", "fit_dataset"]
+__all__ = ["curve_fit", "fit_dataset", "require_choice", "with_scipy_options"]
 
 
 def fit_dataset(
@@ -140,7 +140,7 @@ def fit_dataset(
     True
     """
     optimizer = AdaptiveHybridStreamingOptimizer(config)
-    _require_choice("nan_policy", nan_policy, ("omit", "raise"))
+    require_choice("nan_policy", nan_policy, ("omit", "raise"))
     require_callback(callback)
     require_client(client)
     rows = resolve_dataset(
@@ -236,9 +236,7 @@ def curve_fit(
     scipy.optimize.OptimizeWarning
         If the covariance could not be estimated.
     """
-    optimizer = AdaptiveHybridStreamingOptimizer(
-        _with_scipy_options(require_config(config), kwargs)
-    )
+    optimizer = AdaptiveHybridStreamingOptimizer(with_scipy_options(require_config(config), kwargs))
     require_client(client)
     source = build_array_source(xdata, ydata, sigma)
     rows = resolve_arrays(
@@ -256,7 +254,7 @@ def curve_fit(
             f"Improper input: func input vector length N={space.size} must not exceed func "
             f"output vector length M={source.num_rows}"
         )
-    _require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
+    require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
     refuses = nan_policy is None if check_finite is None else check_finite
     if refuses:
         require_finite(source)
@@ -284,7 +282,7 @@ def _scipy_start(lower: Vector, upper: Vector) -> Vector:
     return np.where(both, 0.5 * (np.where(both, lower, 0) + np.where(both, upper, 0)), start)
 
 
-def _with_scipy_options(
+def with_scipy_options(
     config: HybridStreamingConfig, options: dict[str, Any]
 ) -> HybridStreamingConfig:
     names = {"ftol": "ftol", "xtol": "xtol", "gtol": "gtol"}
@@ -303,7 +301,7 @@ def _require_method(method: str | None, space: ParameterSpace) -> str:
     is_bounded = bool(np.isfinite(space.lower).any() or np.isfinite(space.upper).any())
     if method is None:
         return "trf" if is_bounded else "lm"
-    _require_choice("method", method, ("lm", "trf", "dogbox", "hybrid_streaming"))
+    require_choice("method", method, ("lm", "trf", "dogbox", "hybrid_streaming"))
     if method == "lm" and is_bounded:
         raise ValueError(
             "Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox'."
@@ -311,6 +309,6 @@ def _require_method(method: str | None, space: ParameterSpace) -> str:
     return method
 
 
-def _require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from nlsq_dask._typing import ModelFunction
+from nlsq_dask.api import require_choice, with_scipy_options
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.cluster import require_client
@@ -117,32 +118,21 @@ class FitOptions:
     maxfev: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise ValueError(f"`method` must be one of {list(_METHODS)}, got {self.method!r}")
+        require_choice("method", self.method, _METHODS)
         # TO CONNECT: drop this, and hand `loss=self.loss, f_scale=self.f_scale` on in `fit`.
-        if self.loss != "linear":
-            raise ValueError(f"`loss` must be 'linear', got {self.loss!r}")
+        require_choice("loss", self.loss, ("linear",))
         require_client(self.client)
         require_config(self.config)
-
-    @property
-    def engine_config(self) -> HybridStreamingConfig:
-        """The configuration, with what was given beside it."""
-        trials = self.maxfev if self.max_nfev is None else self.max_nfev
-        given: dict[str, Any] = {
-            "ftol": self.ftol,
-            "xtol": self.xtol,
-            "gtol": self.gtol,
-            "gauss_newton_max_iterations": trials,
-        }
-        overrides = {name: value for name, value in given.items() if value is not None}
-        return replace(require_config(self.config), **overrides)
 
     def fit(
         self, data: Any, model: ModelFunction, p0: StartsLike, sigma: Any = None
     ) -> CurveFitResult:
         """The one way from any door to the engine."""
-        optimizer = AdaptiveHybridStreamingOptimizer(self.engine_config)
+        names = ("ftol", "xtol", "gtol", "max_nfev", "maxfev")
+        options = {name: getattr(self, name) for name in names}
+        optimizer = AdaptiveHybridStreamingOptimizer(
+            with_scipy_options(require_config(self.config), options)
+        )
         with _progress(self.show_progress):
             result = optimizer.fit(
                 data,
