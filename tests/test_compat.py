@@ -132,6 +132,11 @@ def test_functions_raise_where_methods_return():
     assert not CurveFit(problems.decay, x, y, START, **options).fit().success
 
 
+def test_a_fit_needs_data():
+    with pytest.raises(TypeError, match="`CurveFit`"):
+        CurveFit(problems.decay).fit()
+
+
 def test_a_result_is_copied_and_pickled():
     result = curve_fit(problems.decay, X, Y, START)
     for again in (copy.copy(result), pickle.loads(pickle.dumps(result))):

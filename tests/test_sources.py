@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
 
 from nlsq_dask import Chunk
 from nlsq_dask.plan import choose_leaf_shape, plan_leaves
+from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.stores import open_store
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
 from nlsq_dask.testing import check_source
@@ -87,3 +89,13 @@ def test_stores_keep_to_the_contract(store, tmp_path):
 )
 def test_leaves_are_multiples_of_chunks_or_their_divisors(shape, unit, chunk_size, leaf):
     assert choose_leaf_shape(shape, unit, chunk_size) == leaf
+
+
+def test_blocks_that_a_cluster_keeps_can_be_read_here(client):
+    """A small fit is computed in this process, even if its data were persisted on a cluster."""
+    values = np.arange(100.0)
+    kept = client.persist(da.from_array(values, chunks=30))
+    column = DaskColumn(array=kept, dims=("row",))
+    np.testing.assert_array_equal(column.read((slice(20, 70),)), values[20:70])
+    there = DaskColumn(array=kept + 1, dims=("row",))
+    np.testing.assert_array_equal(there.read((slice(None),)), values + 1)

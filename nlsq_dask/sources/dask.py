@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import dask
 import dask.array as da
+import distributed
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
@@ -36,10 +38,19 @@ class DaskColumn:
     def chunks(self) -> Shape | None:
         return tuple(max(sizes) for sizes in self.array.chunks)
 
+    @functools.cached_property
+    def _is_persisted(self) -> bool:
+        """Whether blocks are in the memory of a cluster, of which this process has promises."""
+        return bool(distributed.futures_of(self.array))
+
     def read(self, index: Index) -> np.ndarray:
-        """Compute a rectangle here, in the calling thread."""
+        """Compute a rectangle here, in the calling thread; or where its blocks are."""
+        part = self.array[index]
+        if self._is_persisted:
+            client = distributed.futures_of(part)[0].client
+            return np.asarray(client.compute(part).result())
         with dask.config.set(scheduler="synchronous"):
-            return np.asarray(self.array[index].compute())
+            return np.asarray(part.compute())
 
 
 def is_dask_array(value: object) -> TypeGuard[Any]:
