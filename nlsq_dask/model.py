@@ -14,6 +14,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float, ModelFunction, Shape, abstract
 from nlsq_dask.errors import ModelError, UntraceableModelError
+from nlsq_dask.recent import Recent
 
 __all__ = [
     "Model",
@@ -24,6 +25,7 @@ __all__ = [
     "require_jac",
 ]
 
+_RECENT = Recent(32)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -293,7 +295,19 @@ def _trace(
     return tuple(out[0].shape), out[0].dtype, (text, constants)
 
 
-def check_elementwise(model: Model, x: Sequence[Array], params: Sequence[Array]) -> None:
+def _broadcasting(model: Model) -> Callable[..., Array]:
+    """The jitted model, of one value for each row."""
+
+    @jax.jit
+    def values(x: Sequence[Array], params: Sequence[Array]) -> Array:
+        return jnp.broadcast_to(model(x, params), x[0].shape)
+
+    return values
+
+
+def check_elementwise(
+    model: Model, x: Sequence[Array], params: Sequence[Array], fingerprint: str | None = None
+) -> None:
     """Refuse a model that mixes rows, found by permuting and splitting a sample.
 
     Parameters
@@ -302,6 +316,8 @@ def check_elementwise(model: Model, x: Sequence[Array], params: Sequence[Array])
     x : sequence of (rows,)
         The variables of a sample.
     params : sequence of arrays
+    fingerprint : str, optional
+        Of the model: an equal one is not compiled again.
 
     Raises
     ------
@@ -315,9 +331,9 @@ def check_elementwise(model: Model, x: Sequence[Array], params: Sequence[Array])
     order = np.random.default_rng(0).permutation(rows)
     half = rows // 2
 
-    @jax.jit
-    def compiled(x: Sequence[Array], params: Sequence[Array]) -> Array:
-        return jnp.broadcast_to(model(x, params), x[0].shape)
+    compiled = _broadcasting(model)
+    if fingerprint is not None:
+        compiled = _RECENT.get((fingerprint, rows), lambda: compiled)
 
     def evaluate(index: Any) -> np.ndarray:
         part = [np.asarray(column)[:rows][index].astype(np.float64) for column in x]

@@ -17,7 +17,6 @@ from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import Bins
-from nlsq_dask.kernels.build import build_linearisation, build_residuals
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import whole_tile
 from nlsq_dask.normal_equations import ScoreSums, Sums
@@ -49,8 +48,6 @@ class SampleObjective:
         counting = self.num_rows / max(sample.num_rows, 1)
         self._all_rows = problem.source.num_rows * sample.valid_share * counting
         self._home = ProblemHome(problem=self.problem, cache_bytes=2**62, prefetch=False)
-        self._linearisation = build_linearisation(self.problem.kernel_spec)
-        self._residuals = build_residuals(self.problem.kernel_spec)
 
     def with_f_scale(self, f_scale: float) -> SampleObjective:
         """The same sample under another scale of the loss; nothing is compiled again."""
@@ -86,7 +83,7 @@ class SampleObjective:
         with jax.enable_x64(True):
             for index in blocks:
                 jac = np.asarray(
-                    self._linearisation(
+                    self._home.kernels.linearisation(
                         space.expand(params), space.embed(identity), self.terms, self.block(index)
                     )
                 )
@@ -131,7 +128,7 @@ class SampleObjective:
         everything = self.problem.space.expand(params)
         with jax.enable_x64(True):
             parts = [
-                self._residuals(everything, self.terms, self.block(index))
+                self._home.kernels.residuals(everything, self.terms, self.block(index))
                 for index in self.sample.blocks
             ]
         return np.concatenate([np.asarray(r)[np.asarray(is_row)] for r, is_row in parts])

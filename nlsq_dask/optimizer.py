@@ -21,6 +21,7 @@ from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
 from nlsq_dask.evaluate.reach import require_reach
+from nlsq_dask.fingerprint import fingerprint_model
 from nlsq_dask.model import check_traceable
 from nlsq_dask.parameters import (
     BoundsLike,
@@ -365,6 +366,13 @@ def _build_problem(
         plan = plan_chunks(source, space.num_free)
     y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
     check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
+    fingerprint = fingerprint_model(
+        model,
+        space,
+        # As the chunks are, and as the sample is.
+        [x_shapes, [y_shape[:1] for _ in x_shapes]],
+        [np.float64] if config.precision == "float64" else [np.float64, np.float32],
+    )
     if config.enable_residual_weighting and not model.variables:
         raise ValueError(
             "`residual_weights` must go with a model of at least one variable, whose integers are "
@@ -383,6 +391,7 @@ def _build_problem(
         penalties=build_penalties(criterion, space, config),
         covariance=criterion.covariance_kind,
         num_clusters=rows.num_clusters,
+        fingerprint=fingerprint,
     )
 
 

@@ -159,7 +159,7 @@ class _Fit:
         x = [column.read((slice(0, 4096),)) for column in sample.source.x]
         for params in (space.p0, space.beside(space.p0, self._config.seed)):
             parts = [np.asarray(part) for part in space.unflatten(params)]
-            check_elementwise(self._problem.model, x, parts)
+            check_elementwise(self._problem.model, x, parts, self._problem.fingerprint)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()

@@ -40,6 +40,7 @@ class Problem:
     penalties: Penalties = field(default_factory=Penalties)
     covariance: CovarianceKind = "classical"
     num_clusters: int = 0
+    fingerprint: str | None = None  # of what the model computes, ties included
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -48,6 +49,7 @@ class Problem:
             space=self.space,
             loss=self.loss,
             tile_shape=self.plan.tile_shape,
+            fingerprint=self.fingerprint,
         )
 
     def terms(self, fill: Float[np.ndarray, " variables"]) -> RowTerms:

@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # A layer may import those to its left.
 ORDER = [
-    {"_version", "errors", "status", "_typing", "presets"},
+    {"_version", "errors", "status", "_typing", "presets", "recent"},
     {"config"},
     {"normal_equations", "telemetry", "terms", "losses", "ties", "defense"},
     {"parameters", "normalization", "model", "sources.base"},
-    {"penalties"},
+    {"penalties", "fingerprint"},
     {"sources.columns", "sources.dask", "sources.grid", "sources.stores"},
     {"sources.clusters"},
     {"sources.arrays", "sources.xarray", "sample"},

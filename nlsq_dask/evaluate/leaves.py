@@ -6,10 +6,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk, check_chunk, pad_chunk
 from nlsq_dask.sources.grid import GridSource
 
-__all__ = ["Blocks", "ProblemHome", "peak_memory_bytes"]
+__all__ = ["Blocks", "ProblemHome", "peak_memory_bytes", "shapes_of"]
 
 Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
 
@@ -44,7 +45,6 @@ class ProblemHome:
     _cache: dict[int, Chunk] = field(default_factory=dict)
     _cached_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _compiled: set[tuple[object, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
@@ -113,24 +113,22 @@ class ProblemHome:
     @contextmanager
     def _compiling_once(self, chunk: Chunk, request: Request, meter: _Meter) -> Iterator[None]:
         """Let one thread compile while the others of the process wait for it."""
-        shapes = (
-            jax.tree.structure(chunk),
-            *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(chunk)),
-        )
-        needed = {(f"normal equations in {request.precision}", shapes)}
+        shapes = shapes_of((request.params, request.directions, request.terms, chunk))
+        needed: set[Hashable] = {(f"normal equations in {request.precision}", shapes)}
         if request.rivals is not None:
             needed.add((f"costs of {len(request.rivals)}", shapes))
         if request.center is not None:
             needed.add(("summary", shapes))
         if request.with_scores:
-            needed.add(("scores", shapes))
-        if needed <= self._compiled:
+            needed.add((f"scores in {self.problem.num_clusters} clusters", shapes))
+        kernels = self.kernels
+        if needed <= kernels.compiled:
             yield
             return
-        with self._lock:
-            meter.num_compilations += len(needed - self._compiled)
+        with kernels.compiling:
+            meter.num_compilations += len(needed - kernels.compiled)
             yield
-            self._compiled |= needed
+            kernels.compiled.update(needed)
 
     def _chunks(
         self, leaves: range, meter: _Meter, may_cache: bool, blocks: Blocks | None
@@ -180,6 +178,13 @@ class _Meter:
     bytes_read: int = 0
     read_seconds: float = 0.0
     num_compilations: int = 0
+
+
+def shapes_of(arguments: Any) -> Hashable:
+    """What decides whether a kernel has been compiled for these arguments."""
+    leaves = jax.tree.leaves(arguments)
+    shapes = tuple((np.shape(leaf), str(np.result_type(leaf))) for leaf in leaves)
+    return jax.tree.structure(arguments), shapes
 
 
 def _is_offending(sums: Sums) -> bool:

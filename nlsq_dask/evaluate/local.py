@@ -16,8 +16,9 @@ import psutil
 from nlsq_dask._typing import abstract
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, Request, fold_reports
-from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.leaves import ProblemHome, shapes_of
 from nlsq_dask.evaluate.tree import split_leaves
+from nlsq_dask.kernels.build import Kernels
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
@@ -127,24 +128,29 @@ def is_in_memory(problem: Problem) -> bool:
 
 def kernel_bytes(home: ProblemHome) -> int:
     """What XLA says that the normal equations of one chunk need beside their arguments."""
-    problem = home.problem
+    problem, kernels = home.problem, home.kernels
     ones = np.ones(problem.source.chunk_shape)
     template = Chunk(
         x=tuple(ones for _ in problem.source.variables),
         y=ones,
         extent=np.asarray(ones.shape, np.int64),
     )
-    k = problem.space.num_free
-    shapes = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template)
+    arguments = (
+        abstract((problem.space.size,)),
+        abstract((problem.space.size, problem.space.num_free)),
+        RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(())),
+        jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template),
+    )
+    shapes = shapes_of(arguments)
+    if shapes not in kernels.temporary_bytes:
+        kernels.temporary_bytes[shapes] = _temporary_bytes(kernels, arguments)
+    return kernels.temporary_bytes[shapes]
+
+
+def _temporary_bytes(kernels: Kernels, arguments: tuple[Any, ...]) -> int:
     with jax.enable_x64(True):
-        lowered = jax.jit(home.kernels.normal_equations, static_argnames="precision").lower(
-            abstract((problem.space.size,)),
-            abstract((problem.space.size, k)),
-            RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(())),
-            shapes,
-            precision="float64",
-        )
-        analysis = lowered.compile().memory_analysis()
+        jitted: Any = kernels.normal_equations
+        analysis = jitted.lower(*arguments, precision="float64").compile().memory_analysis()
     if analysis is None:  # a backend that does not say
         return 0
     return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)

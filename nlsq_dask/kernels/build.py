@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,10 +18,15 @@ from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, RowSummary, ScoreSums
 from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["KernelSpec", "Kernels", "build_kernels", "build_linearisation", "build_residuals"]
+__all__ = ["KernelSpec", "Kernels", "build_kernels"]
+
+
+_MAX_KERNELS = 32
+_RECENT = Recent(_MAX_KERNELS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,11 +37,17 @@ class KernelSpec:
     space: ParameterSpace
     loss: str
     tile_shape: Shape
+    fingerprint: str | None = None  # of model and space; None where there is none to share by
+
+    @property
+    def key(self) -> Hashable:
+        """All that decides the computation: starts, bounds and fixed parameters do not."""
+        return self.fingerprint, self.loss, self.tile_shape
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Kernels:
-    """What is computed on a chunk. Each is compiled once per process and chunk shape.
+    """What is computed on a chunk. Each is compiled once per process and shapes of arguments.
 
     Call them with 64-bit types enabled and parameters as float64 arrays.
     """
@@ -46,21 +57,47 @@ class Kernels:
     summary: Callable[..., RowSummary]
     scores: Callable[..., ScoreSums]
     curvature: Callable[..., Float[Array, "k k"]]
+    linearisation: Callable[..., Float[Array, "rows k"]]
+    residuals: Callable[..., tuple[Float[Array, ...], Bool[Array, ...]]]
+    compiled: set[Hashable] = field(default_factory=set)  # which kernels, for which shapes
+    compiling: threading.Lock = field(default_factory=threading.Lock)
+    temporary_bytes: dict[Hashable, int] = field(default_factory=dict)  # by shapes
 
 
 def build_kernels(spec: KernelSpec) -> Kernels:
-    """Jit the kernels of a problem."""
+    """The jitted kernels of a problem; those of an equal one before it, where there was one."""
+    if spec.fingerprint is None:
+        return _Latest(spec).kernels
+    latest = _RECENT.get(spec.key, lambda: _Latest(spec))
+    latest.spec = spec
+    return latest.kernels
 
-    def jit(kernel: Callable[..., Any], *static: str) -> Callable[..., Any]:
-        return jax.jit(functools.partial(kernel, spec), static_argnames=static)
 
-    return Kernels(
-        normal_equations=jit(_normal_equations, "precision"),
-        costs=jit(_costs),
-        summary=jit(_summary),
-        scores=jit(_scores, "num_clusters"),
-        curvature=jit(_curvature),
-    )
+class _Latest:
+    """Kernels, and the spec last asked for: what they are traced with for shapes yet to come.
+
+    The spec that they were built for will not do: its model may close over what has been changed
+    since, and would then no longer have the fingerprint by which it was found.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self.kernels = Kernels(
+            normal_equations=self._jit(_normal_equations, "precision"),
+            costs=self._jit(_costs),
+            summary=self._jit(_summary),
+            scores=self._jit(_scores, "num_clusters"),
+            curvature=self._jit(_curvature),
+            linearisation=self._jit(_linearisation),
+            residuals=self._jit(_residuals),
+        )
+
+    def _jit(self, kernel: Callable[..., Any], *static: str) -> Callable[..., Any]:
+        def traced(*arguments: Any, **options: Any) -> Any:
+            return kernel(self.spec, *arguments, **options)
+
+        traced.__name__ = kernel.__name__.lstrip("_")
+        return jax.jit(traced, static_argnames=static)
 
 
 def _normal_equations(
@@ -217,27 +254,21 @@ def _curvature(
     return sum_tiles(chunk, spec.tile_shape, terms, reduce)
 
 
-def build_linearisation(spec: KernelSpec) -> Callable[..., Float[Array, "rows k"]]:
-    """The Jacobian of a small chunk, row by row, scaled as the loss asks: for a sample's QR."""
-
-    def linearisation(
-        params: Float[Array, " n"], directions: Float[Array, "n k"], terms: RowTerms, chunk: Chunk
-    ) -> Float[Array, "rows k"]:
-        tile = whole_tile(chunk, terms)
-        return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac
-
-    return jax.jit(linearisation)
-
-
-def build_residuals(
+def _linearisation(
     spec: KernelSpec,
-) -> Callable[..., tuple[Float[Array, ...], Bool[Array, ...]]]:
+    params: Float[Array, " n"],
+    directions: Float[Array, "n k"],
+    terms: RowTerms,
+    chunk: Chunk,
+) -> Float[Array, "rows k"]:
+    """The Jacobian of a small chunk, row by row, scaled as the loss asks: for a sample's QR."""
+    tile = whole_tile(chunk, terms)
+    return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac
+
+
+def _residuals(
+    spec: KernelSpec, params: Float[Array, " n"], terms: RowTerms, chunk: Chunk
+) -> tuple[Float[Array, ...], Bool[Array, ...]]:
     """Residuals of a small chunk, and which of them count."""
-
-    def residuals(
-        params: Float[Array, " n"], terms: RowTerms, chunk: Chunk
-    ) -> tuple[Float[Array, ...], Bool[Array, ...]]:
-        tile = whole_tile(chunk, terms)
-        return residual_function(spec.model, spec.space, tile)(params), tile.is_row
-
-    return jax.jit(residuals)
+    tile = whole_tile(chunk, terms)
+    return residual_function(spec.model, spec.space, tile)(params), tile.is_row
