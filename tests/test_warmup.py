@@ -208,14 +208,13 @@ def test_without_iterations_there_are_no_descents():
 
 
 def test_the_loss_is_compiled_once_for_all_descents():
-    traced = []
-
-    def model(t, amplitude, rate, offset):
-        traced.append(1)
-        return problems.decay(t, amplitude, rate, offset)
-
     def count(n_starts):
-        traced.clear()
+        traced = []
+
+        def model(t, amplitude, rate, offset):  # another for each count: none is compiled yet
+            traced.append(1)
+            return problems.decay(t, amplitude, rate, offset) + 1e-300 * n_starts
+
         told = warmup_of(
             fit(model, enable_multistart=True, n_starts=n_starts, elimination_rounds=0)
         )
