@@ -9,7 +9,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float, Vector
 
-__all__ = ["Checks", "check_fit", "describe_bins"]
+__all__ = ["Checks", "check_fit", "describe_bins", "runs_of"]
 
 _WORRYING_CONDITION = 1e8
 _WORRYING_CORRELATION = 0.95
@@ -17,6 +17,8 @@ _WORRYING_MEAN = 5.0  # standard errors of the mean of the residuals
 _MAX_PAIRS = 10
 _MIN_BINS = 8  # fewer say nothing about their own scatter
 _MANY_SIGMAS = 6.0
+_MAX_RUNS = 64
+_MIN_RUN = 16  # rows
 _UNEVENLY_MASKED = 0.5
 
 
@@ -73,6 +75,15 @@ def overdispersion(bins: Float[np.ndarray, "bins 4"]) -> tuple[float, float]:
     return between / variance, float(np.sqrt(2 / (len(kept) - 1)))
 
 
+def runs_of(residuals: Vector) -> Float[np.ndarray, "runs 4"]:
+    """Residuals in their order, cut into runs: bins for data too few to be in many chunks."""
+    num_runs = min(_MAX_RUNS, len(residuals) // _MIN_RUN)
+    if num_runs < 1:
+        return np.zeros((0, 4))
+    parts = np.array_split(residuals, num_runs)
+    return np.array([[len(part), 0, part.sum(), np.sum(part**2)] for part in parts], np.float64)
+
+
 def correlated_pairs(
     covariance: Float[np.ndarray, "n n"], names: tuple[str, ...]
 ) -> list[tuple[str, str, float]]:
@@ -99,13 +110,17 @@ def check_fit(
     covariance: Float[np.ndarray, "n n"],
     names: tuple[str, ...],
     bins: Float[np.ndarray, "bins 4"],
+    runs: Float[np.ndarray, "runs 4"],
     is_linear_loss: bool,
 ) -> tuple[Checks, list[str]]:
-    """The checks, and sentences on what worries."""
+    """The checks, and sentences on what worries.
+
+    `runs` stand in for `bins` where chunks are too few to say how their means scatter.
+    """
     rows, masked, first, second = bins.sum(axis=0)
     mean = first / rows if rows else np.nan
     variance = second / rows - mean**2 if rows else np.nan
-    scatter, noise = overdispersion(bins)
+    scatter, noise = overdispersion(runs if len(runs) else bins)
     checks = Checks(
         cost_reduction=1 - end_cost / start_cost if start_cost > 0 else 0.0,
         gradient_cosines=cosines,

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nlsq_dask._typing import Vector
+from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig, Precision
+from nlsq_dask.diagnostics import runs_of
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.model import check_elementwise
@@ -131,6 +132,7 @@ class _Fit:
             left_precision=lowered,
             start_cost=start_cost,
             end_cost=end_cost,
+            runs=self._runs(on_sample, state),
         )
         return course, state
 
@@ -149,6 +151,13 @@ class _Fit:
         if self._problem.covariance == "classical" or not is_usable:
             return None
         return full.scores(state.params, state.whitening)
+
+    def _runs(self, on_sample: SampleObjective, state: State) -> Float[np.ndarray, "runs 4"]:
+        """Residuals in runs, where there are too few chunks to judge them by."""
+        sample = on_sample.sample
+        if not sample.is_everything or state.status is Status.NOT_FINITE:
+            return runs_of(np.zeros(0))
+        return runs_of(on_sample.residuals(state.params))
 
     def _check_model(self, sample: Sample) -> None:
         """See that the model is elementwise, at `p0` and beside it.

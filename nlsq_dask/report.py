@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nlsq_dask._typing import Float
 from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.covariance import (
@@ -61,6 +62,7 @@ class Course:
     left_precision: str  # why a lower precision was left, if it was
     start_cost: float  # at `p0`, on the sample
     end_cost: float  # at the parameters found, on the sample
+    runs: Float[np.ndarray, "runs 4"]  # of the sample's residuals, where it is all rows
 
     @property
     def bytes_read(self) -> int:
@@ -157,6 +159,7 @@ def _checks(
         covariance=covariance.matrix,
         names=space.labels,
         bins=course.full.bins_at(state.params),
+        runs=course.runs,
         is_linear_loss=course.problem.loss == "linear",
     )
     return checks.as_dict(), [] if state.status is Status.NOT_FINITE else texts
