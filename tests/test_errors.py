@@ -53,6 +53,93 @@ def assert_clear(error, *words):
 # -- arguments, seen before anything is read
 
 ARGUMENTS = {
+    "unknown loss": ({"loss": "l1"}, ValueError, "`loss`", "'soft_l1'", "'l1'"),
+    "a function for a loss": ({"loss": abs}, ValueError, "`loss`", "'huber'", "abs"),
+    "negative f_scale": ({"loss": "huber", "f_scale": -1}, ValueError, "`f_scale`", "-1"),
+    "NaN for f_scale": ({"loss": "huber", "f_scale": math.nan}, ValueError, "`f_scale`", "nan"),
+    "text for f_scale": ({"f_scale": "auto"}, ValueError, "`f_scale`", "'mad'", "'auto'"),
+    "unknown covariance": ({"covariance": "HC9"}, ValueError, "`covariance`", "'HC1'", "'HC9'"),
+    "two sandwiches": (
+        {"covariance": "HC0", "cluster": "t"},
+        ValueError,
+        "`covariance`",
+        "`cluster`",
+        "'HC0'",
+    ),
+    "unknown cluster": ({"cluster": "station"}, ValueError, "`cluster`", "'station'"),
+    "number for a cluster": ({"cluster": 3}, TypeError, "`cluster`", "3"),
+    "priors of unknown scale": ({"priors": {"a": (1, 2)}}, ValueError, "`priors`", "absolute"),
+    "prior of no parameter": (
+        {"priors": {"q": (1, 2)}, "absolute_sigma": True},
+        ValueError,
+        "`priors`",
+        "'q'",
+    ),
+    "prior without width": (
+        {"priors": {"a": 1.0}, "absolute_sigma": True},
+        ValueError,
+        "`priors['a']`",
+        "(mean, width)",
+    ),
+    "prior of no width": (
+        {"priors": {"a": (1, 0)}, "absolute_sigma": True},
+        ValueError,
+        "`priors['a']`",
+        "positive",
+    ),
+    "prior on a fixed parameter": (
+        {"priors": {"a": (1, 1)}, "absolute_sigma": True, "fixed": "a"},
+        ValueError,
+        "`priors`",
+        "'a' is fixed",
+    ),
+    "priors in a list": (
+        {"priors": [(1, 1)], "absolute_sigma": True},
+        TypeError,
+        "`priors`",
+        "[(1, 1)]",
+    ),
+    "prior of another shape": (
+        {"priors": {"a": ([1, 2], 1)}, "absolute_sigma": True},
+        ValueError,
+        "`priors['a']`",
+        "(2,)",
+    ),
+    "tie that is text": ({"ties": {"b": "2 * a"}}, TypeError, "`ties['b']`", "lambda a: 2 * a"),
+    "ties in a list": ({"ties": ["b"]}, TypeError, "`ties`", "['b']"),
+    "tie of no parameter": ({"ties": {"q": lambda a: a}}, ValueError, "`ties`", "'q'"),
+    "tie to no parameter": ({"ties": {"b": lambda q: q}}, ValueError, "`ties['b']`", "'q'"),
+    "tie to itself": ({"ties": {"b": lambda b: b}}, ValueError, "`ties`", "circle"),
+    "ties in a circle": (
+        {"ties": {"b": lambda a: a, "a": lambda b: b}},
+        ValueError,
+        "`ties`",
+        "circle",
+    ),
+    "start of a tied parameter": (
+        {"ties": {"b": lambda a: a}, "p0": {"b": 1.0}},
+        ValueError,
+        "`p0`",
+        "'b'",
+    ),
+    "bounds of a tied parameter": (
+        {"ties": {"b": lambda a: a}, "bounds": {"b": (0, 1)}},
+        ValueError,
+        "`bounds`",
+        "'b'",
+    ),
+    "fixed and tied": ({"ties": {"b": lambda a: a}, "fixed": "b"}, ValueError, "`fixed`", "'b'"),
+    "tie to NaN": ({"ties": {"b": lambda a: a - math.inf}}, ValueError, "`ties['b']`", "inf"),
+    "group beyond the parameters": (
+        {
+            "config": HybridStreamingConfig(
+                enable_group_variance_regularization=True, group_variance_indices=[(1, 3)]
+            )
+        },
+        ValueError,
+        "`group_variance_indices`",
+        "(1, 3)",
+    ),
     "p0 outside bounds": ({"p0": {"a": 7}, "bounds": {"a": (0, 5)}}, ValueError, "`p0", "7", "5"),
     "NaN in p0": ({"p0": {"a": math.nan}}, ValueError, "`p0", "'a'", "nan"),
     "NaN in p0's sequence": ({"p0": [1, math.nan]}, ValueError, "`p0", "'b'", "nan"),
