@@ -7,6 +7,11 @@ and HDF5 stores; `curve_fit` with SciPy's contract for arrays.
 from nlsq_dask._version import __version__
 from nlsq_dask.api import curve_fit, fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.defense import (
+    DefenseLayerTelemetry,
+    get_defense_telemetry,
+    reset_defense_telemetry,
+)
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.result import FitResult
 from nlsq_dask.sources.base import Chunk, Source
@@ -16,6 +21,7 @@ from nlsq_dask.telemetry import IterationRecord
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
     "Chunk",
+    "DefenseLayerTelemetry",
     "FitResult",
     "HybridStreamingConfig",
     "IterationRecord",
@@ -24,4 +30,6 @@ __all__ = [
     "__version__",
     "curve_fit",
     "fit_dataset",
+    "get_defense_telemetry",
+    "reset_defense_telemetry",
 ]
