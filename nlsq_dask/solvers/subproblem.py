@@ -19,10 +19,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import scipy.optimize
 
 from nlsq_dask._typing import Bool, Float, Vector
-from nlsq_dask.solvers.quadratic import QuadraticModel, Spectrum, spectrum_of
+from nlsq_dask.solvers.quadratic import QuadraticModel, spectrum_of
 
 __all__ = ["Step", "solve_subproblem"]
 
@@ -66,79 +67,94 @@ def solve_subproblem(
     to_bounds : ((k,), (k,))
         `l` and `u`: the way to the lower and upper bounds, ``l <= 0 <= u``.
     """
-    spectrum = spectrum_of(model.factor, scale)
-    low, high = (_TO_THE_BOUND * side * scale for side in to_bounds)
-    damped = _DampedSteps(model, spectrum, low, high)
+    low, high = (_TO_THE_BOUND * side for side in to_bounds)
+    steps = _DampedSteps(model, scale, low, high)
     damping = 0.0
-    scaled, active = damped.at(0.0)
-    if np.linalg.norm(scaled) > radius * (1 + _RADIUS_TOLERANCE):
-        damping = damped.find(radius)
-        scaled, active = damped.at(damping)
-    vector = scaled / scale
+    vector, active = steps.at(0.0)
+    if np.linalg.norm(scale * vector) > radius * (1 + _RADIUS_TOLERANCE):
+        damping = steps.find(radius)
+        vector, active = steps.at(damping)
     return Step(
         vector=vector,
         reduction=model.reduction(vector),
-        scaled_norm=float(np.linalg.norm(scaled)),
+        scaled_norm=float(np.linalg.norm(scale * vector)),
         damping=damping,
         active=active,
     )
 
 
 class _DampedSteps:
-    """``λ -> D p(λ)``, in variables scaled by `D`."""
+    """``λ -> p(λ)``, in variables scaled by the norms of the factor's columns.
 
-    def __init__(
-        self, model: QuadraticModel, spectrum: Spectrum, low: Vector, high: Vector
-    ) -> None:
+    The trust region's own scale remembers larger columns. By it a direction may look smaller than
+    rounding, and an SVD of ``S D⁻¹`` would lose it: a step would not move along it, and a fit
+    far from the minimum would look converged. So what the data determine is judged by the
+    Jacobian as it is here, and D enters as rows below.
+    """
+
+    def __init__(self, model: QuadraticModel, scale: Vector, low: Vector, high: Vector) -> None:
+        norms = np.linalg.norm(model.factor, axis=0)
+        self._norms = np.where(norms > 0, norms, 1.0)
+        spectrum = spectrum_of(model.factor, self._norms)
         identified = spectrum.is_identified
         largest = spectrum.values[0] if spectrum.values[0] > 0 else 1.0
         # A direction that the data do not determine is not moved along: it gets the largest
         # singular value and no gradient, so that what follows has full rank.
         self._values = np.where(identified, spectrum.values, largest)
         self._right = spectrum.right
+        self._rows = self._values[:, None] * spectrum.right
         self._target = np.where(identified, spectrum.left.T @ model.residual, 0.0)
+        self._scale = scale
         self._low, self._high = low, high
 
     def at(self, damping: float) -> tuple[Vector, Bool[np.ndarray, " k"]]:
-        filtered = self._values * self._target / (self._values**2 + damping)
-        free = -self._right.T @ filtered
+        """The minimiser in the box of ``‖S p + z‖² + λ ‖D p‖²``, and the bounds that hold it."""
+        if damping == 0.0:
+            free = -(self._right.T @ (self._target / self._values)) / self._norms
+            return self._within(free, self._rows, self._target, self._norms)
+        below = np.sqrt(damping) * self._scale / self._norms
+        length = np.hypot(1.0, below)
+        rows = np.vstack([self._rows, np.diag(below)]) / length
+        target = np.concatenate([self._target, np.zeros(len(below))])
+        q, r = scipy.linalg.qr(rows, mode="economic")
+        scaled = scipy.linalg.solve_triangular(r, -(q.T @ target))
+        scale = length * self._norms
+        return self._within(scaled / scale, rows, target, scale)
+
+    def _within(
+        self, free: Vector, rows: Float[np.ndarray, "j k"], residual: Vector, scale: Vector
+    ) -> tuple[Vector, Bool[np.ndarray, " k"]]:
+        """``min ‖rows (scale p) + residual‖`` in the box, whose solution without is `free`."""
         if np.all((free >= self._low) & (free <= self._high)):
             return free, np.zeros(len(free), bool)
-        return self._bounded(damping)
-
-    def _bounded(self, damping: float) -> tuple[Vector, Bool[np.ndarray, " k"]]:
-        k = len(self._values)
-        length = max(float(np.linalg.norm(self._target)), np.finfo(np.float64).tiny)
-        unit = self._values[0]
-        rows = np.vstack(
-            [self._values[:, None] * self._right / unit, np.sqrt(damping) / unit * np.eye(k)]
-        )
-        goal = np.concatenate([-self._target / length, np.zeros(k)])
-        shrink = unit / length
+        tiny = np.finfo(np.float64).tiny
+        length = max(float(np.linalg.norm(residual)), tiny)
+        unit = float(np.max(np.abs(rows)))
+        shrink = unit / length * scale
         solution = scipy.optimize.lsq_linear(
-            rows,
-            goal,
-            bounds=(
-                np.minimum(self._low * shrink, -np.finfo(np.float64).tiny),
-                np.maximum(self._high * shrink, np.finfo(np.float64).tiny),
-            ),
+            rows / unit,
+            -residual / length,
+            bounds=(np.minimum(self._low * shrink, -tiny), np.maximum(self._high * shrink, tiny)),
             method="bvls",
             tol=1e-14,
-            max_iter=10 * k + 50,
+            max_iter=10 * len(free) + 50,
         )
         step = np.clip(solution.x / shrink, self._low, self._high)
         return step, np.asarray(solution.active_mask != 0)
 
     def find(self, radius: float) -> float:
-        """The damping at which the step is as long as the radius."""
+        """The damping at which ``‖D p‖`` is the radius."""
+        tiny = np.finfo(np.float64).tiny
 
         def excess(log_damping: float) -> float:
-            length = float(np.linalg.norm(self.at(float(np.exp(log_damping)))[0]))
-            return math.log(max(length, np.finfo(np.float64).tiny) / radius)
+            vector, _ = self.at(float(np.exp(log_damping)))
+            length = float(np.linalg.norm(self._scale * vector))
+            return math.log(max(length, tiny) / radius)
 
-        # ‖p(λ)‖ <= ‖z‖ / (2 √λ), so that the upper end is short enough.
-        upper = 2 * np.log(max(float(np.linalg.norm(self._target)), 1e-300) / radius)
-        lower = min(2 * np.log(self._values[-1]), upper) - 40.0
+        # ‖D p(λ)‖ <= ‖z‖ / (2 √λ), so that the upper end is short enough.
+        upper = 2 * np.log(max(float(np.linalg.norm(self._target)), tiny) / radius)
+        smallest = self._values.min() / np.max(self._scale / self._norms)
+        lower = min(2 * np.log(max(smallest, tiny)), upper) - 40.0
         if excess(upper) >= 0:
             return float(np.exp(upper))
         if excess(lower) <= 0:
