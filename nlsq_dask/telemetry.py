@@ -33,6 +33,7 @@ class IterationRecord:
     num_rows: int
     bytes_read: int
     seconds: float
+    is_product: bool = False  # of conjugate gradients, at the best point: no trial
 
     @property
     def rows_per_second(self) -> float:
@@ -40,6 +41,8 @@ class IterationRecord:
 
     def __str__(self) -> str:
         verdict = "accepted" if self.accepted else "rejected"
+        if self.is_product:
+            verdict = "conjugate gradients"
         change = "" if np.isnan(self.relative_change) else f" ({self.relative_change:+.1e})"
         return (
             f"pass {self.num_passes}: cost {self.trial_cost:.9e}{change}, "

@@ -18,7 +18,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import split_leaves
-from nlsq_dask.plan import MemoryProjection
+from nlsq_dask.plan import MemoryProjection, slab_shape
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource
@@ -126,25 +126,31 @@ def is_in_memory(problem: Problem) -> bool:
 
 
 def kernel_bytes(home: ProblemHome) -> int:
-    """What XLA says that the normal equations of one chunk need beside their arguments."""
-    problem = home.problem
-    ones = np.ones(problem.source.chunk_shape)
-    template = Chunk(
-        x=tuple(ones for _ in problem.source.variables),
-        y=ones,
-        extent=np.asarray(ones.shape, np.int64),
+    """What XLA says that the sums of one leaf need beside their arguments, all slabs together."""
+    problem, num_shards = home.problem, home.problem.plan.num_shards
+    slab = abstract(slab_shape(tuple(problem.source.chunk_shape), num_shards))
+    chunk = Chunk(
+        x=tuple(slab for _ in problem.source.variables),
+        y=slab,
+        extent=abstract((len(slab.shape),), np.int64),
     )
-    k = problem.space.num_free
-    shapes = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template)
+    n, k = problem.space.size, problem.space.num_free
+    terms = RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(()))
+    params = abstract((n,))
+    kernels: list[tuple[Any, tuple[Any, ...]]] = [
+        (home.kernels.normal_equations, (params, abstract((n, k)), terms, chunk))
+    ]
+    if problem.plan.is_matrix_free:
+        kernels = [
+            (home.reverse.gradient, (params, terms, chunk)),
+            (home.reverse.products, (params, abstract((2, n)), terms, chunk)),
+        ]
     with jax.enable_x64(True):
-        lowered = jax.jit(home.kernels.normal_equations, static_argnames="precision").lower(
-            abstract((problem.space.size,)),
-            abstract((problem.space.size, k)),
-            RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(())),
-            shapes,
-            precision="float64",
-        )
-        analysis = lowered.compile().memory_analysis()
-    if analysis is None:  # a backend that does not say
-        return 0
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
+        each = [
+            kernel.lower(*arguments, precision="float64").compile().memory_analysis()
+            for kernel, arguments in kernels
+        ]
+    # A backend that does not say gives None.
+    known = [said for said in each if said is not None]
+    needs = [said.temp_size_in_bytes + said.output_size_in_bytes for said in known]
+    return num_shards * int(max(needs, default=0))

@@ -21,7 +21,14 @@ from nlsq_dask.parameters import ParameterSpace
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["KernelSpec", "Kernels", "build_kernels", "build_linearisation", "build_residuals"]
+__all__ = [
+    "KernelSpec",
+    "Kernels",
+    "build_kernels",
+    "build_linearisation",
+    "build_residuals",
+    "row_statistics",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +89,7 @@ def _normal_equations(
             cost=_total(rows.cost),
             num_rows=jnp.sum(tile.is_row, dtype=jnp.int64),
         )
-        return normal, _statistics(tile, rows.residual)
+        return normal, row_statistics(tile, rows.residual)
 
     return sum_tiles(chunk, spec.tile_shape, terms, reduce)
 
@@ -103,11 +110,13 @@ def _products(
     return product[:-1, :-1], product[:-1, -1]
 
 
-def _total(rows: Float[Array, " rows"]) -> Float[Array, ""]:
+def _total(rows: Float[Array, ...]) -> Float[Array, ""]:
     return jnp.sum(rows).astype(jnp.float64)
 
 
-def _statistics(tile: Tile, residual: Float[Array, " rows"]) -> RowStatistics:
+def row_statistics(tile: Tile, residual: Float[Array, ...]) -> RowStatistics:
+    """Counts of a tile's rows, and moments of their residuals."""
+
     def count(of: Array) -> Array:
         return jnp.sum(of, dtype=jnp.int64)
 
