@@ -257,6 +257,7 @@ def curve_fit(
     -------
     popt : (n,)
     pcov : (n, n)
+        None from `cg_param_threshold` parameters on.
     infodict, mesg, ier
         Only with `full_output`: ``infodict["result"]`` is the `FitResult`.
 
@@ -303,7 +304,7 @@ def curve_fit(
     result = optimizer.fit_rows(rows, space, criterion=criterion, nan_policy=policy, client=client)
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
-    if result.status is Status.UNIDENTIFIED:
+    if result.status is Status.UNIDENTIFIED and result.pcov is not None:
         result.pcov[:] = np.inf  # as SciPy has it
     if not full_output:
         return result.popt, result.pcov

@@ -204,6 +204,7 @@ def _deviations(result: FitResult) -> Vector:
 
 
 def _comparison(result: FitResult) -> str:
+    assert result.perr is not None
     lines = [
         "Fitted values against those that the archive was made with:",
         "",

@@ -21,7 +21,7 @@ from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.parameters import ParameterSpace
 from nlsq_dask.solvers.quadratic import Spectrum, rank_tolerance, spectrum_of
 
-__all__ = ["Covariance", "estimate_covariance", "sandwich", "small_sample_factor"]
+__all__ = ["Covariance", "estimate_covariance", "no_covariance", "sandwich", "small_sample_factor"]
 
 _IN_NULL_SPACE = 1e-6  # of a unit vector
 # Of the largest eigenvalue: below it the Hessian without its clamp is no Hessian of a minimum.
@@ -30,16 +30,21 @@ _MIN_BREAD = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Covariance:
-    """Covariance over all parameters, with zero rows for fixed ones.
+    """Covariance over all parameters, with zero rows for fixed ones; None where none is formed.
 
     A parameter with a part in a direction that the data do not determine has infinite variance
     and undefined covariances (NaN).
     """
 
-    matrix: Float[np.ndarray, "n n"]
-    rank: int
+    matrix: Float[np.ndarray, "n n"] | None
+    rank: float  # a whole number; NaN where it is not known
     rank_tolerance: float  # relative to the largest singular value
     condition_number: float  # of J with columns of unit length
+
+
+def no_covariance() -> Covariance:
+    """Of a fit that forms no matrix."""
+    return Covariance(matrix=None, rank=np.nan, rank_tolerance=np.nan, condition_number=np.nan)
 
 
 def estimate_covariance(

@@ -29,7 +29,7 @@ class Checks:
     cost_reduction: float  # share of the cost at `p0` that is gone, on the sample
     gradient_cosines: dict[str, float]  # residuals against each column of J
     condition_number: float
-    rank: int
+    rank: float
     correlated_pairs: list[tuple[str, str, float]]
     residual_mean: float  # weighted
     residual_variance: float
@@ -106,8 +106,8 @@ def check_fit(
     end_cost: float,
     cosines: dict[str, float],
     condition_number: float,
-    rank: int,
-    covariance: Float[np.ndarray, "n n"],
+    rank: float,
+    covariance: Float[np.ndarray, "n n"] | None,
     names: tuple[str, ...],
     bins: Float[np.ndarray, "bins 4"],
     runs: Float[np.ndarray, "runs 4"],
@@ -126,7 +126,7 @@ def check_fit(
         gradient_cosines=cosines,
         condition_number=condition_number,
         rank=rank,
-        correlated_pairs=correlated_pairs(covariance, names),
+        correlated_pairs=[] if covariance is None else correlated_pairs(covariance, names),
         residual_mean=float(mean),
         residual_variance=float(variance),
         overdispersion=scatter,

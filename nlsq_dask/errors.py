@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConvergenceError",
+    "CovarianceError",
     "DataError",
     "LengthError",
     "MemoryProjectionError",
@@ -34,6 +35,10 @@ class LengthError(ValueError, TypeError):
 
 class SessionError(RuntimeError):
     """A result from a file or another process has no way back to the data."""
+
+
+class CovarianceError(ValueError):
+    """There are too many parameters for a covariance to have been formed."""
 
 
 class StoreNotFoundError(FileNotFoundError):

@@ -9,12 +9,51 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float, Int
 
-__all__ = ["NormalEquations", "RowStatistics", "RowSummary", "ScoreSums", "Sums"]
+__all__ = [
+    "CostGradient",
+    "CostSum",
+    "CurvatureProducts",
+    "NormalEquations",
+    "RowStatistics",
+    "RowSummary",
+    "ScoreSums",
+    "Sums",
+]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class NormalEquations:
+class CostSum:
+    """The cost of some set of rows. Additive."""
+
+    cost: Float[Array, ""]  # ½ Σ s² ρ((r / s)²)
+    num_rows: Int[Array, ""]  # rows with a weight
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the model, and what was asked of its derivative, was finite in every row."""
+        return all(bool(np.all(np.isfinite(part))) for part in jax.tree.leaves(self))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class CostGradient(CostSum):
+    """The cost and its gradient by all `n` parameters. Additive."""
+
+    grad: Float[Array, " n"]  # Jᵀ ρ' r
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class CurvatureProducts(CostSum):
+    """Gauss-Newton's Hessian times a few vectors, without ever being formed. Additive."""
+
+    products: Float[Array, "v n"]  # Jᵀ(c ⊙ (J v)), with c the curvature of the loss, clamped
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class NormalEquations(CostSum):
     """Quadratic model of the cost, summed over some set of rows. Additive.
 
     The Jacobian is taken along `k` directions in parameter space, the columns of ``E R⁻¹``,
@@ -24,17 +63,6 @@ class NormalEquations:
 
     gram: Float[Array, "k k"]  # (J R⁻¹)ᵀ (J R⁻¹)
     grad: Float[Array, " k"]  # (J R⁻¹)ᵀ r
-    cost: Float[Array, ""]  # ½ Σ s² ρ((r / s)²)
-    num_rows: Int[Array, ""]  # rows with a weight
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the model and its derivative were finite in every row."""
-        return bool(
-            np.isfinite(self.cost)
-            and np.all(np.isfinite(self.grad))
-            and np.all(np.isfinite(self.gram))
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -80,11 +108,29 @@ class ScoreSums:
 class Sums:
     """All that one pass returns. Additive, leaf by leaf of the tree."""
 
-    normal: NormalEquations
+    normal: CostSum  # of the kind that was asked for
     rows: RowStatistics
     rival_costs: Float[Array, " rivals"] | None = None
     summary: RowSummary | None = None
     scores: ScoreSums | None = None
+
+    @property
+    def equations(self) -> NormalEquations:
+        """Normal equations, where directions were given."""
+        assert isinstance(self.normal, NormalEquations)
+        return self.normal
+
+    @property
+    def slope(self) -> CostGradient:
+        """The gradient, where neither directions nor vectors were given."""
+        assert isinstance(self.normal, CostGradient)
+        return self.normal
+
+    @property
+    def products(self) -> CurvatureProducts:
+        """Products with the vectors that were given."""
+        assert isinstance(self.normal, CurvatureProducts)
+        return self.normal
 
     def __add__(self, other: Sums) -> Sums:
         summed: Sums = jax.tree.map(np.add, self, other)

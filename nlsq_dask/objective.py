@@ -17,6 +17,7 @@ from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import Bins
+from nlsq_dask.kernels.reverse import ReverseKernels
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import whole_tile
 from nlsq_dask.normal_equations import ScoreSums, Sums
@@ -29,7 +30,7 @@ from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.trust_region import Evaluation
 from nlsq_dask.sources.base import Chunk
 
-__all__ = ["FullObjective", "SampleObjective"]
+__all__ = ["FullObjective", "Passes", "SampleObjective"]
 
 
 class SampleObjective:
@@ -40,7 +41,8 @@ class SampleObjective:
     """
 
     def __init__(self, problem: Problem, sample: Sample) -> None:
-        plan = plan_chunks(sample.source, problem.space.num_free)
+        strategy = replace(problem.plan.strategy, num_shards=1)
+        plan = plan_chunks(sample.source, strategy)
         self.sample = sample
         self.problem = replace(problem, source=sample.source, plan=plan)
         self.terms = problem.terms(sample.fill)
@@ -60,6 +62,11 @@ class SampleObjective:
     def on(self, blocks: range) -> _SampleEvaluate:
         """``(params, whitening) -> Evaluation`` over some of the blocks."""
         return _SampleEvaluate(self, blocks)
+
+    @property
+    def reverse(self) -> ReverseKernels:
+        """Kernels by reverse mode, jitted for blocks of this sample."""
+        return self._home.reverse
 
     def block(self, index: int) -> Chunk:
         """A block of the sample, padded to the common shape."""
@@ -181,12 +188,12 @@ class _SampleEvaluate:
         )
         sums = self.objective.sums(request, self.blocks)
         penalty = self.objective.penalty(self.blocks)
-        return evaluation_of(problem, penalty, params, whitening, sums.normal)
+        return evaluation_of(problem, penalty, params, whitening, sums.equations)
 
 
 @dataclass
-class FullObjective:
-    """The cost on all rows: each call is one pass."""
+class Passes:
+    """The passes over all rows, one after the other."""
 
     problem: Problem
     evaluator: Evaluator
@@ -195,7 +202,6 @@ class FullObjective:
     names_leaves: bool = True
     passes: list[Pass] = field(default_factory=list)
     points: list[Vector] = field(default_factory=list)  # of each pass, all parameters
-    rival_costs: tuple[float, ...] = ()  # of the last call's rivals
 
     def bins_at(self, params: Vector) -> Bins:
         """Statistics by chunk from the last pass at these parameters."""
@@ -204,6 +210,20 @@ class FullObjective:
             if np.array_equal(point, everything):
                 return done.bins
         return self.passes[-1].bins
+
+    def evaluate(self, request: Request) -> Pass:
+        """One pass."""
+        done = self.evaluator.evaluate(request)
+        self.passes.append(done)
+        self.points.append(np.asarray(request.params))
+        return done
+
+
+@dataclass
+class FullObjective(Passes):
+    """The cost on all rows: each call is one pass."""
+
+    rival_costs: tuple[float, ...] = ()  # of the last call's rivals
 
     def __call__(
         self,
@@ -215,7 +235,7 @@ class FullObjective:
         """One pass; in the first, `rivals` compete by cost and `y` is summarised."""
         space = self.problem.space
         everything = [space.expand(rival) for rival in rivals]
-        done = self._evaluate(
+        done = self.evaluate(
             self._request(
                 params,
                 whitening,
@@ -223,7 +243,7 @@ class FullObjective:
                 center=center,
             )
         )
-        normal = done.sums.normal
+        normal = done.sums.equations
         penalty = self.problem.penalties.rows(float(normal.num_rows))
         if done.sums.rival_costs is not None:
             self.rival_costs = tuple(
@@ -237,7 +257,7 @@ class FullObjective:
     def scores(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> ScoreSums:
         """The parts of a sandwich covariance: one pass, always in float64."""
         request = replace(self._request(params, whitening), with_scores=True, precision="float64")
-        scores = self._evaluate(request).sums.scores
+        scores = self.evaluate(request).sums.scores
         assert scores is not None
         return scores
 
@@ -257,9 +277,3 @@ class FullObjective:
             precision=self.precision,
             names_leaves=self.names_leaves,
         )
-
-    def _evaluate(self, request: Request) -> Pass:
-        done = self.evaluator.evaluate(request)
-        self.passes.append(done)
-        self.points.append(np.asarray(request.params))
-        return done

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.optimize
 
@@ -22,6 +23,7 @@ from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
 from nlsq_dask.evaluate.reach import require_reach
 from nlsq_dask.fingerprint import fingerprint_model
+from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import check_traceable
 from nlsq_dask.parameters import (
     BoundsLike,
@@ -29,7 +31,7 @@ from nlsq_dask.parameters import (
     StartsLike,
 )
 from nlsq_dask.phases import NanPolicy, fit_problem
-from nlsq_dask.plan import plan_chunks, plan_leaves
+from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
 from nlsq_dask.result import FitResult
@@ -359,13 +361,11 @@ def _build_problem(
     config: HybridStreamingConfig,
 ) -> Problem:
     source, model = rows.source, rows.model
-    if isinstance(source, GridSource):
-        plan, source = plan_leaves(source, space.num_free, config.chunk_size)
-    else:
+    if not isinstance(source, GridSource):
         _require_chunks(source)
-        plan = plan_chunks(source, space.num_free)
     y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
-    check_traceable(model, x_shapes, space.unflatten(space.p0), y_shape)
+    params = space.unflatten(space.p0)
+    check_traceable(model, x_shapes, params, y_shape)
     fingerprint = fingerprint_model(
         model,
         space,
@@ -373,6 +373,17 @@ def _build_problem(
         [x_shapes, [y_shape[:1] for _ in x_shapes]],
         [np.float64] if config.precision == "float64" else [np.float64, np.float32],
     )
+    is_matrix_free = space.num_free >= config.cg_param_threshold
+    strategy = choose_strategy(
+        space.num_free,
+        elements_per_row(model, x_shapes, params) if is_matrix_free else None,
+        len(jax.local_devices()) if config.enable_multi_device else 1,
+    )
+    if isinstance(source, GridSource):
+        plan, source = plan_leaves(source, strategy, config.chunk_size)
+    else:
+        plan = plan_chunks(source, strategy)
+    _require_matrix(criterion, is_matrix_free, config)
     if config.enable_residual_weighting and not model.variables:
         raise ValueError(
             "`residual_weights` must go with a model of at least one variable, whose integers are "
@@ -393,6 +404,17 @@ def _build_problem(
         num_clusters=rows.num_clusters,
         fingerprint=fingerprint,
     )
+
+
+def _require_matrix(
+    criterion: Criterion, is_matrix_free: bool, config: HybridStreamingConfig
+) -> None:
+    if is_matrix_free and (criterion.is_clustered or criterion.covariance != "auto"):
+        raise ValueError(
+            "`covariance` and `cluster` must be left out where no covariance is formed, from "
+            f"`cg_param_threshold` = {config.cg_param_threshold} free parameters on, got "
+            f"covariance={criterion.covariance!r}"
+        )
 
 
 def _require_few_clusters(num_clusters: int, num_free: int) -> None:

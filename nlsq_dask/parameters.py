@@ -133,6 +133,17 @@ class ParameterSpace:
             _, push = jax.linearize(self.complete, jnp.asarray(self.expand(free)))
             return np.asarray(jax.vmap(push, in_axes=1, out_axes=1)(directions))
 
+    def pull(
+        self, free: Float[np.ndarray, " k"], covectors: Float[np.ndarray, "v n"]
+    ) -> Float[np.ndarray, "v k"]:
+        """The transpose of `tangents`: derivatives by all parameters, by the free ones."""
+        if not self.ties:
+            return covectors[:, self.is_free]
+        with jax.enable_x64(True):
+            _, pull = jax.vjp(self.complete, jnp.asarray(self.expand(free)))
+            (pulled,) = jax.vmap(pull)(jnp.asarray(covectors))
+        return np.asarray(pulled)[:, self.is_free]
+
 
 def build_parameter_space(
     names: Sequence[str],

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 
 from nlsq_dask._typing import Float, Vector
-from nlsq_dask.normal_equations import NormalEquations
+from nlsq_dask.normal_equations import CostGradient, NormalEquations
 from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.problem import Problem
 from nlsq_dask.solvers.trust_region import Evaluation
 
-__all__ = ["evaluation_of", "penalty_gram"]
+__all__ = ["evaluation_of", "penalised_slope", "penalty_gram", "penalty_products"]
 
 
 def penalty_rows(
@@ -51,3 +51,28 @@ def evaluation_of(
             cost=normal.cost + cost,
         )
     return Evaluation(params=params, whitening=whitening, normal=normal, penalty_cost=cost)
+
+
+def penalised_slope(
+    problem: Problem, penalty: PenaltyRows, params: Vector, slope: CostGradient
+) -> tuple[CostGradient, float]:
+    """The gradient by the free parameters, penalties included; and their part of the cost."""
+    space = problem.space
+    grad, cost = np.asarray(slope.grad)[space.is_free], 0.0
+    if not problem.penalties.is_empty:
+        residual = penalty.residual(space.expand(params))
+        cost = 0.5 * float(residual @ residual)
+        grad = grad + space.pull(params, penalty.pull(residual, space.size)[None])[0]
+    return CostGradient(cost=slope.cost + cost, num_rows=slope.num_rows, grad=grad), cost
+
+
+def penalty_products(
+    problem: Problem, penalty: PenaltyRows, params: Vector, vectors: Float[np.ndarray, "v k"]
+) -> Float[np.ndarray, "v k"]:
+    """Their Hessian times vectors, which it is never formed for."""
+    space = problem.space
+    if problem.penalties.is_empty:
+        return np.zeros_like(vectors)
+    rows = penalty.push(space.tangents(params, vectors.T))
+    pulled = np.stack([penalty.pull(column, space.size) for column in rows.T])
+    return space.pull(params, pulled)

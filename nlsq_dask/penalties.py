@@ -63,6 +63,14 @@ class PenaltyRows:
             first += end - start
         return grad
 
+    def diagonal(self, size: int) -> Float[np.ndarray, " n"]:
+        """Of their Hessian, in parameter space."""
+        diagonal = np.zeros(size)
+        np.add.at(diagonal, self.index, self.root**2)
+        for (start, end), root in zip(self.groups, self.group_roots, strict=True):
+            diagonal[start:end] += root**2 * (1 - 1 / (end - start))
+        return diagonal
+
     def _spread(self, values: np.ndarray) -> list[np.ndarray]:
         return [
             root * (values[start:end] - values[start:end].mean(axis=0))

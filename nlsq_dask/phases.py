@@ -6,8 +6,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from nlsq_dask.config import HybridStreamingConfig, Precision
 from nlsq_dask.diagnostics import runs_of
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.model import check_elementwise
-from nlsq_dask.normal_equations import ScoreSums
-from nlsq_dask.objective import FullObjective, SampleObjective
+from nlsq_dask.normal_equations import CurvatureProducts, ScoreSums
+from nlsq_dask.objective import FullObjective, Passes, SampleObjective
 from nlsq_dask.problem import Problem
 from nlsq_dask.report import Course, Gate, build_result
 from nlsq_dask.result import FitResult
@@ -27,6 +28,7 @@ from nlsq_dask.scale import estimate_f_scale
 from nlsq_dask.session import Session
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
+from nlsq_dask.solvers.truncated_newton import NewtonState, TruncatedNewton
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback, IterationRecord
@@ -71,6 +73,22 @@ def fit_problem(
         return build_result(course, state, session)
 
 
+_AnyState = TypeVar("_AnyState", State, NewtonState)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a way to fit comes back with."""
+
+    full: Passes
+    state: State | NewtonState
+    gate: Gate
+    warmup: Warmup | None = None
+    sample_fit: SampleFit | None = None
+    scores: ScoreSums | None = None
+    left_precision: str = ""  # why a lower precision was left, if it was
+
+
 class _Fit:
     def __init__(
         self,
@@ -91,13 +109,44 @@ class _Fit:
         self._history: list[IterationRecord] = []
         self._was_stopped = False  # in the warmup: the fit ends with its first pass
 
-    def run(self) -> tuple[Course, State]:
+    def run(self) -> tuple[Course, State | NewtonState]:
         memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
         self._check_model(sample)
+        is_matrix_free = self._problem.plan.is_matrix_free
+        sample = sample.in_one_block() if is_matrix_free else sample
         on_sample = SampleObjective(self._problem, sample)
         self._data_square = _data_square(sample)
         on_sample = self._timed("scale", lambda: self._with_scale(on_sample))
+        found = self._fit_many(on_sample) if is_matrix_free else self._fit_few(on_sample)
+        state = found.state
+        free0 = self._problem.space.p0[self._problem.space.is_free]
+        start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
+        self._seconds["total"] = time.perf_counter() - self._started
+        if self._config.verbose:
+            _LOGGER.info("%s", state.status.value)
+        course = Course(
+            problem=self._problem,
+            config=self._config,
+            evaluator=self._evaluator,
+            full=found.full,
+            sample=sample,
+            warmup=found.warmup,
+            sample_fit=found.sample_fit,
+            gate=found.gate,
+            memory=memory,
+            history=tuple(self._history),
+            seconds=self._seconds,
+            scores=found.scores,
+            left_precision=found.left_precision,
+            start_cost=start_cost,
+            end_cost=end_cost,
+            runs=self._runs(on_sample, state.params, state.status),
+        )
+        return course, state
+
+    def _fit_few(self, on_sample: SampleObjective) -> _Found:
+        """The optima of the sample, and from the best a trust region with normal equations."""
         tolerances = self._tolerances(self._data_square)
         warmup = self._timed("warmup", lambda: self._warm_up(on_sample, tolerances))
         full = FullObjective(
@@ -108,40 +157,61 @@ class _Fit:
             names_leaves=self._config.validate_numerics,
         )
         start = time.perf_counter()
-        state, gate = self._gate(full, warmup, sample.center)
+        state, gate = self._gate(full, warmup, on_sample.sample.center)
         state, lowered = self._descend(full, state)
         self._seconds["passes"] = time.perf_counter() - start
-        scores = self._timed("scores", lambda: self._scores(full, state))
-        free0 = self._problem.space.p0[self._problem.space.is_free]
-        start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
-        self._seconds["total"] = time.perf_counter() - self._started
-        if self._config.verbose:
-            _LOGGER.info("%s", state.status.value)
-        course = Course(
-            problem=self._problem,
-            config=self._config,
-            evaluator=self._evaluator,
+        return _Found(
             full=full,
-            sample=sample,
-            warmup=warmup,
+            state=state,
             gate=gate,
-            memory=memory,
-            history=tuple(self._history),
-            seconds=self._seconds,
-            scores=scores,
+            warmup=warmup,
+            scores=self._timed("scores", lambda: self._scores(full, state)),
             left_precision=lowered,
-            start_cost=start_cost,
-            end_cost=end_cost,
-            runs=self._runs(on_sample, state),
         )
-        return course, state
+
+    def _fit_many(self, on_sample: SampleObjective) -> _Found:
+        """The sample's optimum near `p0`, and from there truncated Newton: no k x k matrix."""
+        tolerances = self._tolerances(self._data_square)
+        sample = SampleProducts(on_sample)
+        fit = self._timed("warmup", lambda: fit_sample(sample, self._config, tolerances))
+        full = FullProducts(
+            problem=self._problem,
+            evaluator=self._evaluator,
+            sample=on_sample,
+            precision=self._config.precision,
+            products_of_sample=sample,
+            regularization=self._config.regularization_factor,
+        )
+        space = self._problem.space
+        params = space.p0[space.is_free] if fit is None else fit.params
+        start = time.perf_counter()
+        slope = full(params, center=on_sample.sample.center)
+        self._check_rows(full)
+        state = self._after_pass(full, self._solver(full).init(slope))
+        state, lowered = self._descend(full, state)
+        self._seconds["passes"] = time.perf_counter() - start
+        return _Found(
+            full=full,
+            state=state,
+            gate=Gate(optima=[], switched=False),
+            sample_fit=fit,
+            left_precision=lowered,
+        )
 
     def _with_scale(self, on_sample: SampleObjective) -> SampleObjective:
         """The scale of the loss, as given or from the sample; frozen from here on."""
         if self._problem.f_scale is not None:
             return on_sample
         tolerances = self._tolerances(self._data_square)
-        scale = estimate_f_scale(on_sample, self._config, tolerances)
+
+        def fit(objective: SampleObjective) -> Vector | None:
+            if self._problem.plan.is_matrix_free:
+                found = fit_sample(SampleProducts(objective), self._config, tolerances)
+                return None if found is None else found.params
+            warmup = warm_up(objective, self._config, tolerances)
+            return None if warmup is None else warmup.optima[0].params
+
+        scale = estimate_f_scale(on_sample, fit)
         self._problem = replace(self._problem, f_scale=scale)
         return on_sample.with_f_scale(scale)
 
@@ -152,12 +222,14 @@ class _Fit:
             return None
         return full.scores(state.params, state.whitening)
 
-    def _runs(self, on_sample: SampleObjective, state: State) -> Float[np.ndarray, "runs 4"]:
+    def _runs(
+        self, on_sample: SampleObjective, params: Vector, status: Status
+    ) -> Float[np.ndarray, "runs 4"]:
         """Residuals in runs, where there are too few chunks to judge them by."""
         sample = on_sample.sample
-        if not sample.is_everything or state.status is Status.NOT_FINITE:
+        if not sample.is_everything or status is Status.NOT_FINITE:
             return runs_of(np.zeros(0))
-        return runs_of(on_sample.residuals(state.params))
+        return runs_of(on_sample.residuals(params))
 
     def _check_model(self, sample: Sample) -> None:
         """See that the model is elementwise, at `p0` and beside it.
@@ -176,16 +248,26 @@ class _Fit:
         self._seconds[phase] = time.perf_counter() - start
         return done
 
-    def _solver(self, full: FullObjective) -> TrustRegion:
+    def _solver(self, full: Passes) -> Any:
         """The trust region over all rows, at the precision of the passes."""
         share = self._problem.source.num_rows / full.sample.sample.num_rows
         tolerances = self._tolerances(self._data_square * share)
         if full.precision == "float32":
             tolerances = replace(tolerances, eps=float(np.finfo(np.float32).eps))
+        config = self._config
+        if self._problem.plan.is_matrix_free:
+            return TruncatedNewton(
+                bounds=self._problem.space.free_bounds,
+                tolerances=tolerances,
+                max_products=config.cg_max_iterations,
+                relative_tolerance=config.cg_relative_tolerance,
+                absolute_tolerance=config.cg_absolute_tolerance,
+                initial_radius=config.trust_region_initial,
+            )
         return TrustRegion(
             bounds=self._problem.space.free_bounds,
             tolerances=tolerances,
-            initial_radius=self._config.trust_region_initial,
+            initial_radius=config.trust_region_initial,
         )
 
     def _tolerances(self, data_square: float) -> Tolerances:
@@ -223,6 +305,7 @@ class _Fit:
             source.variables,
             max_fraction=self._config.max_sample_fraction,
             seed=self._config.seed,
+            num_free=self._problem.space.num_free if self._problem.plan.is_matrix_free else 0,
         )
         if sample.smallest_sigma <= 0:
             raise DataError(f"`sigma` must be positive in every row, got {sample.smallest_sigma!r}")
@@ -272,13 +355,13 @@ class _Fit:
         state = solver.init(full(chosen.params, next_whitening(chosen.factor)))
         return self._after_pass(full, state), Gate(optima=optima, switched=True)
 
-    def _descend(self, full: FullObjective, state: State) -> tuple[State, str]:
+    def _descend(self, full: Any, state: _AnyState) -> tuple[_AnyState, str]:
         """The passes to the minimum; in float64 in the end, where fewer digits do not do.
 
         Returns also why a lower precision was left, if it was.
         """
 
-        def after(state: State) -> State:
+        def after(state: _AnyState) -> _AnyState:
             after_pass = self._after_pass(full, state)
             is_running = after_pass.status is Status.RUNNING
             if is_running and lacks_digits(full.precision, after_pass):
@@ -292,10 +375,10 @@ class _Fit:
         _LOGGER.info("Moving to float64: %s.", reason)
         full.precision = "float64"
         solver = self._solver(full)
-        start = self._after_pass(full, solver.init(full(state.params, state.whitening)))
+        start = self._after_pass(full, solver.init(full(*state.here)))
         return minimize(full, solver, start, after), reason
 
-    def _check_rows(self, full: FullObjective) -> None:
+    def _check_rows(self, full: Passes) -> None:
         """What only a full pass can see in the data."""
         first = full.passes[0]
         rows, chunks = first.sums.rows, list(first.offending_leaves)
@@ -313,7 +396,7 @@ class _Fit:
             )
         self._refuse_invalid(int(rows.num_invalid), "all of")
 
-    def _after_pass(self, full: FullObjective, state: State) -> State:
+    def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""
         record = self._record(full, state)
         self._history.append(record)
@@ -342,11 +425,12 @@ class _Fit:
         if self._callback is not None:
             self._callback(record)
 
-    def _record(self, full: FullObjective, state: State) -> IterationRecord:
+    def _record(self, full: Passes, state: State | NewtonState) -> IterationRecord:
         last = full.passes[-1]
         rows = int(last.sums.normal.num_rows)
         cost = float(last.sums.normal.cost)
         before = self._history[-1].cost if self._history else np.nan
+        is_product = isinstance(last.sums.normal, CurvatureProducts)
         return IterationRecord(
             phase=2,
             iteration=len(full.passes),
@@ -356,8 +440,8 @@ class _Fit:
             loss=2 * state.cost / rows if rows else np.nan,
             trial_cost=cost,
             relative_change=(cost - before) / before if before else np.nan,
-            accepted=state.was_accepted,
-            gain=state.gain,
+            accepted=state.was_accepted and not is_product,
+            gain=np.nan if is_product else state.gain,
             distance=float(state.remaining_distance),
             damping=state.step.damping,
             radius=state.radius,
@@ -366,10 +450,11 @@ class _Fit:
             num_rows=rows,
             bytes_read=last.bytes_read,
             seconds=last.seconds,
+            is_product=is_product,
         )
 
 
-def lacks_digits(precision: Precision, state: State) -> str:
+def lacks_digits(precision: Precision, state: State | NewtonState) -> str:
     """Why a fit in fewer digits has to go on in float64; nothing where it need not."""
     if precision == "float64":
         return ""

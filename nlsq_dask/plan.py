@@ -18,16 +18,22 @@ from nlsq_dask.sources.grid import GridSource
 __all__ = [
     "MemoryProjection",
     "Plan",
+    "Strategy",
     "choose_leaf_shape",
+    "choose_strategy",
     "choose_tile_rows",
     "plan_chunks",
     "plan_leaves",
+    "slab_axis",
+    "slab_shape",
 ]
 
 _MIN_LEAF_ROWS = 2**16
 _MAX_LEAF_ROWS = 2**20
 _TILE_BYTES = 2**20  # of Jacobian: it stays in the second-level cache
 _MAX_TILE_ROWS = 2**13
+_REVERSE_TILE_BYTES = 2**23  # of the model's largest array
+_MIN_REVERSE_TILE_ROWS = 64
 # Read, decoded and aligned at once in the reading thread, the next one ready, one computed.
 _LEAF_COPIES = 5
 # Measured: what the first compilation of a kernel leaves behind in a process.
@@ -35,14 +41,32 @@ _COMPILATION_BYTES = 320 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How kernels go over the rows of a leaf."""
+
+    tile_rows: int
+    is_matrix_free: bool = False  # no array of k x k elements, from many parameters on
+    num_shards: int = 1  # slabs of a leaf, for the devices of a process to share
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The cut of the rows into leaves and tiles. The same plan gives the same bits."""
+    """The cut of the rows into leaves, slabs and tiles. The same plan gives the same bits."""
 
     num_rows: int
     num_leaves: int
     leaf_shape: Shape
     tile_shape: Shape
     leaf_bytes: int
+    strategy: Strategy
+
+    @property
+    def is_matrix_free(self) -> bool:
+        return self.strategy.is_matrix_free
+
+    @property
+    def num_shards(self) -> int:
+        return self.strategy.num_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +75,7 @@ class MemoryProjection:
 
     base_bytes: int
     leaf_bytes: int
-    kernel_bytes: int
+    kernel_bytes: int  # for all slabs of a leaf
     num_threads: int
     cache_bytes: int
 
@@ -125,10 +149,49 @@ def choose_tile_rows(num_free: int) -> int:
     return max(256, min(_MAX_TILE_ROWS, _TILE_BYTES // (8 * (num_free + 1))))
 
 
+def choose_strategy(
+    num_free: int, elements_per_row: int | None = None, num_shards: int = 1
+) -> Strategy:
+    """Tiles that stay in cache: the Jacobian of one, or what reverse mode keeps of one.
+
+    Parameters
+    ----------
+    num_free : int
+    elements_per_row : int, optional
+        Of the model's largest array; given where no Jacobian is to be formed.
+    num_shards : int
+    """
+    if elements_per_row is None:
+        return Strategy(tile_rows=choose_tile_rows(num_free), num_shards=num_shards)
+    fitting = _REVERSE_TILE_BYTES // (8 * elements_per_row)
+    return Strategy(
+        tile_rows=max(_MIN_REVERSE_TILE_ROWS, min(_MAX_TILE_ROWS, fitting)),
+        is_matrix_free=True,
+        num_shards=num_shards,
+    )
+
+
+def slab_axis(shape: Shape, num_shards: int) -> int:
+    """The axis along which a leaf is cut into slabs: the first that is long enough."""
+    longest = max(range(len(shape)), key=lambda axis: shape[axis], default=0)
+    return next((axis for axis, length in enumerate(shape) if length >= num_shards), longest)
+
+
+def slab_shape(shape: Shape, num_shards: int) -> Shape:
+    """The part of a leaf that one device computes on."""
+    if num_shards == 1:
+        return shape
+    cut = slab_axis(shape, num_shards)
+    return tuple(
+        math.ceil(length / num_shards) if axis == cut else length
+        for axis, length in enumerate(shape)
+    )
+
+
 def plan_leaves(
-    source: GridSource, num_free: int, chunk_size: int | None
+    source: GridSource, strategy: Strategy, chunk_size: int | None
 ) -> tuple[Plan, GridSource]:
-    """Cut a dataset into leaves of the store's grid, and those into tiles."""
+    """Cut a dataset into leaves of the store's grid, and those into slabs and tiles."""
     unit = source.y.chunks
     if unit is None:
         unit = next(
@@ -146,22 +209,28 @@ def plan_leaves(
         num_rows=cut.num_rows,
         num_leaves=cut.num_chunks,
         leaf_shape=chunk_shape,
-        tile_shape=choose_tile_shape(chunk_shape, choose_tile_rows(num_free)),
+        tile_shape=_tile_shape(chunk_shape, strategy),
         leaf_bytes=leaf_bytes,
+        strategy=strategy,
     )
     return plan, cut
 
 
-def plan_chunks(source: Source, num_free: int) -> Plan:
+def plan_chunks(source: Source, strategy: Strategy) -> Plan:
     """Take a source's own chunks as leaves."""
     shape = tuple(source.chunk_shape)
     return Plan(
         num_rows=source.num_rows,
         num_leaves=source.num_chunks,
         leaf_shape=shape,
-        tile_shape=choose_tile_shape(shape, choose_tile_rows(num_free)),
+        tile_shape=_tile_shape(shape, strategy),
         leaf_bytes=8 * math.prod(shape) * (len(source.variables) + 2),
+        strategy=strategy,
     )
+
+
+def _tile_shape(leaf_shape: Shape, strategy: Strategy) -> Shape:
+    return choose_tile_shape(slab_shape(leaf_shape, strategy.num_shards), strategy.tile_rows)
 
 
 def _held_bytes(role: str, itemsize: int) -> int:

@@ -16,18 +16,21 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.covariance import (
     Covariance,
     estimate_covariance,
+    no_covariance,
     sandwich,
     small_sample_factor,
 )
 from nlsq_dask.diagnostics import check_fit, describe_bins
 from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.matrix_free import SampleFit
 from nlsq_dask.normal_equations import ScoreSums
-from nlsq_dask.objective import FullObjective
+from nlsq_dask.objective import Passes
 from nlsq_dask.penalised import penalty_gram
 from nlsq_dask.problem import Problem
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample
 from nlsq_dask.session import Session
+from nlsq_dask.solvers.truncated_newton import NewtonState
 from nlsq_dask.solvers.trust_region import State
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
@@ -51,9 +54,10 @@ class Course:
     problem: Problem
     config: HybridStreamingConfig
     evaluator: Evaluator
-    full: FullObjective
+    full: Passes
     sample: Sample
     warmup: Warmup | None
+    sample_fit: SampleFit | None  # in its place, where there are many parameters
     gate: Gate
     memory: Mapping[str, Any]
     history: tuple[IterationRecord, ...]
@@ -70,7 +74,7 @@ class Course:
         return for_sample + sum(done.bytes_read for done in self.full.passes)
 
 
-def build_result(course: Course, state: State, session: Session) -> FitResult:
+def build_result(course: Course, state: State | NewtonState, session: Session) -> FitResult:
     """The result at the best point evaluated, with the covariance of its normal equations."""
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
@@ -116,7 +120,11 @@ def build_result(course: Course, state: State, session: Session) -> FitResult:
     )
 
 
-def _covariance(course: Course, state: State, num_rows: int) -> tuple[Covariance, list[str]]:
+def _covariance(
+    course: Course, state: State | NewtonState, num_rows: int
+) -> tuple[Covariance, list[str]]:
+    if isinstance(state, NewtonState):
+        return no_covariance(), []
     problem, space = course.problem, course.problem.space
     dof = num_rows - space.num_free
     variance = 2 * state.data_cost / dof if dof > 0 else np.inf
@@ -126,7 +134,7 @@ def _covariance(course: Course, state: State, num_rows: int) -> tuple[Covariance
         variance = np.inf
     robust, texts = None, []
     if course.scores is not None:
-        last = course.full.passes[-1].sums.normal
+        last = course.full.passes[-1].sums.equations
         rows = problem.penalties.rows(num_rows)
         penalty = penalty_gram(problem, rows, state.params, state.whitening)
         robust, is_clamped = sandwich(
@@ -146,7 +154,7 @@ def _covariance(course: Course, state: State, num_rows: int) -> tuple[Covariance
 
 
 def _checks(
-    course: Course, state: State, covariance: Covariance
+    course: Course, state: State | NewtonState, covariance: Covariance
 ) -> tuple[dict[str, Any], list[str]]:
     space = course.problem.space
     free_names = [name for name, free in zip(space.labels, space.is_free, strict=True) if free]
@@ -162,16 +170,23 @@ def _checks(
         runs=course.runs,
         is_linear_loss=course.problem.loss == "linear",
     )
+    if covariance.matrix is None:
+        texts.append(
+            f"with {space.num_free:,} free parameters no covariance is formed, so that standard "
+            "errors, rank and condition number are not known"
+        )
     return checks.as_dict(), [] if state.status is Status.NOT_FINITE else texts
 
 
-def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[str, Any]:
+def _diagnostics(
+    course: Course, state: State | NewtonState, covariance: Covariance
+) -> dict[str, Any]:
     problem = course.problem
     return {
         "evaluator": course.evaluator.description,
         "plan": asdict(problem.plan),
         "memory": dict(course.memory),
-        "sample": _describe_sample(course.sample, course.warmup),
+        "sample": _describe_sample(course),
         "warmup": _describe_warmup(course),
         "defense": course.warmup.defense.describe() if course.warmup is not None else {},
         "multistart": _describe_tournament(course),
@@ -194,7 +209,7 @@ def _diagnostics(course: Course, state: State, covariance: Covariance) -> dict[s
     }
 
 
-def _details(course: Course, state: State) -> str:
+def _details(course: Course, state: State | NewtonState) -> str:
     """The numbers to the status."""
     if state.status is Status.NOT_FINITE:
         leaves = list(course.full.passes[-1].offending_leaves)
@@ -205,7 +220,7 @@ def _details(course: Course, state: State) -> str:
     )
 
 
-def _warnings(course: Course, state: State, rank: int) -> list[str]:
+def _warnings(course: Course, state: State | NewtonState, rank: float) -> list[str]:
     """Sentences that a user should read even if the fit converged."""
     if state.status is Status.NOT_FINITE:
         return []
@@ -216,6 +231,12 @@ def _warnings(course: Course, state: State, rank: int) -> list[str]:
             f"the data determine {rank} of {free} free parameters' directions; parameters "
             "with an infinite standard error are arbitrary"
         )
+    if isinstance(state, NewtonState) and state.is_idle.any():
+        idle = np.array(course.problem.space.labels)[course.problem.space.is_free][state.is_idle]
+        texts.append(
+            f"no row depends on {len(idle):,} of {free:,} free parameters, {idle[0]} for one: they "
+            "are as they were at the start"
+        )
     few = int(state.evaluation.normal.num_rows) <= free
     if few and not course.problem.absolute_sigma:
         texts.append(
@@ -225,7 +246,8 @@ def _warnings(course: Course, state: State, rank: int) -> list[str]:
     return texts
 
 
-def _describe_sample(sample: Sample, warmup: Warmup | None) -> dict[str, Any]:
+def _describe_sample(course: Course) -> dict[str, Any]:
+    sample, warmup, fit = course.sample, course.warmup, course.sample_fit
     described: dict[str, Any] = {
         "num_rows": sample.num_rows,
         "num_chunks_read": sample.num_chunks_read,
@@ -236,6 +258,12 @@ def _describe_sample(sample: Sample, warmup: Warmup | None) -> dict[str, Any]:
             "num_starts": warmup.num_starts,
             "num_evaluations": warmup.num_evaluations,
             "halves_agree": warmup.halves_agree,
+        }
+    if fit is not None:
+        described |= {
+            "num_starts": 1,
+            "num_evaluations": 1 + fit.num_trials,
+            "num_products": fit.num_products,
         }
     return described
 
@@ -286,7 +314,7 @@ def _describe_tournament(course: Course) -> dict[str, Any]:
     }
 
 
-def _describe_passes(full: FullObjective) -> dict[str, Any]:
+def _describe_passes(full: Passes) -> dict[str, Any]:
     reports = [report for done in full.passes for report in done.reports]
     compilations: dict[str, int] = {}
     peak: dict[str, int] = {}

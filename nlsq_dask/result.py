@@ -13,8 +13,8 @@ import scipy.optimize
 import scipy.special
 import xarray as xr
 
-from nlsq_dask._typing import Float, Shape
-from nlsq_dask.errors import SessionError
+from nlsq_dask._typing import Float, Shape, Vector
+from nlsq_dask.errors import CovarianceError, SessionError
 from nlsq_dask.profile import EndPoint, Minimum, profile_ends
 from nlsq_dask.residuals import Residuals
 from nlsq_dask.session import Session
@@ -23,6 +23,9 @@ from nlsq_dask.streaming import streaming_diagnostics
 from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["FitResult"]
+
+_MAX_TABLE_ROWS = 100
+_MAX_REPR_VALUES = 20
 
 # What NLSQ's results answer to, and the attribute that is meant.
 _NLSQ_KEYS = {
@@ -50,9 +53,10 @@ class FitResult(Mapping[str, Any]):
     ----------
     popt : (n,)
         All parameters, fixed ones included, in the model's order.
-    pcov : (n, n)
+    pcov : (n, n) or None
         Their covariance; zero rows for fixed parameters, infinite variance for those that the
-        data do not determine.
+        data do not determine. None from `cg_param_threshold` free parameters on, where nothing
+        of that size is formed; `perr` is None then as well.
     param_names : tuple of str
         A name for each element of `popt`; elements of array parameters are ``c[0]``, ``c[1]``, …
     status : Status
@@ -74,8 +78,9 @@ class FitResult(Mapping[str, Any]):
         Estimated distance to the minimum, in standard errors.
     condition_number : float
         Of the Jacobian with columns of unit length.
-    rank : int
-        Directions among the free parameters that the data determine.
+    rank : float
+        Directions among the free parameters that the data determine. Like `condition_number`,
+        NaN where `pcov` is None.
     active : (n,) of bool
         Parameters that a bound holds.
     history : tuple of IterationRecord
@@ -88,7 +93,7 @@ class FitResult(Mapping[str, Any]):
     """
 
     popt: Float[np.ndarray, " n"]
-    pcov: Float[np.ndarray, "n n"]
+    pcov: Float[np.ndarray, "n n"] | None
     param_names: tuple[str, ...]
     shapes: dict[str, Shape]
     is_free: np.ndarray
@@ -105,7 +110,7 @@ class FitResult(Mapping[str, Any]):
     optimality: float
     distance: float
     condition_number: float
-    rank: int
+    rank: float
     active: np.ndarray
     absolute_sigma: bool
     loss: str
@@ -143,9 +148,19 @@ class FitResult(Mapping[str, Any]):
     # -- parameters
 
     @property
-    def perr(self) -> Float[np.ndarray, " n"]:
-        """Standard errors."""
-        return np.sqrt(np.diag(self.pcov))
+    def perr(self) -> Float[np.ndarray, " n"] | None:
+        """Standard errors; None where there is no `pcov`."""
+        return None if self.pcov is None else np.sqrt(np.diag(self.pcov))
+
+    def _require_covariance(self, purpose: str) -> tuple[Vector, Vector]:
+        """`pcov` and `perr`, or an error that says why there are none."""
+        if self.pcov is None:
+            raise CovarianceError(
+                f"{purpose} needs a covariance, and none was formed for the "
+                f"{int(self.is_free.sum()):,} free parameters; raise `cg_param_threshold` above "
+                "that where a matrix of their number squared fits in memory"
+            )
+        return self.pcov, np.sqrt(np.diag(self.pcov))
 
     @property
     def params(self) -> xr.DataArray:
@@ -156,15 +171,16 @@ class FitResult(Mapping[str, Any]):
     def covariance(self) -> xr.DataArray:
         """`pcov` by name, along ``cov_i`` and ``cov_j``."""
         names = list(self.param_names)
-        return xr.DataArray(self.pcov, coords={"cov_i": names, "cov_j": names}, name="covariance")
+        pcov, _ = self._require_covariance("`covariance`")
+        return xr.DataArray(pcov, coords={"cov_i": names, "cov_j": names}, name="covariance")
 
     @property
     def correlation(self) -> xr.DataArray:
         """Correlations of the estimates; NaN where a standard error is zero or infinite."""
-        errors = self.perr
+        pcov, errors = self._require_covariance("`correlation`")
         usable = np.isfinite(errors) & (errors > 0)
         scale = np.where(usable, errors, np.nan)
-        return self.covariance.copy(data=self.pcov / np.outer(scale, scale)).rename("correlation")
+        return self.covariance.copy(data=pcov / np.outer(scale, scale)).rename("correlation")
 
     # -- as a mapping
 
@@ -308,24 +324,25 @@ class FitResult(Mapping[str, Any]):
             width = float(scipy.special.stdtrit(self.dof, tail)) if self.dof > 0 else np.inf
         if method == "profile":
             return self._profile_interval(chosen, width)
-        errors = self.perr[chosen]
+        errors = self._require_covariance("`confidence_interval`")[1][chosen]
         reach = np.where(errors > 0, errors, 0.0) * (width if np.isfinite(width) else 1.0)
         center = self.popt[chosen]
         return self._interval(chosen, np.stack([center - reach, center + reach], axis=-1))
 
     def _profile_interval(self, chosen: Sequence[int], width: float) -> xr.DataArray:
         session = self.require_session("A profile")
+        pcov, perr = self._require_covariance("A profile")
         free = np.ix_(self.is_free, self.is_free)
-        if not np.isfinite(self.pcov[free]).all():
+        if not np.isfinite(pcov[free]).all():
             raise ValueError(
                 "method='profile' must have every free parameter determined by the data, got the "
-                f"standard errors {self.perr}; fix or remove parameters"
+                f"standard errors {perr}; fix or remove parameters"
             )
         # Fixed parameters have no profile, and none has where the model fits exactly.
-        searched = [i for i in chosen if self.perr[i] > 0]
+        searched = [i for i in chosen if perr[i] > 0]
         minimum = Minimum(
             params=self.popt[self.is_free],
-            covariance=self.pcov[free],
+            covariance=pcov[free],
             variance=1.0 if self.absolute_sigma else self.reduced_chi2,
             cost=self.cost,
             num_rows=self.num_rows,
@@ -414,23 +431,25 @@ class FitResult(Mapping[str, Any]):
         return [f"  {name:<22}{value}" for name, value in facts.items()]
 
     def _table(self) -> list[str]:
-        width = max(9, *(len(name) for name in self.param_names))
+        names = self.param_names[:_MAX_TABLE_ROWS]
+        width = max(9, *(len(name) for name in names))
         rows = [f"  {'parameter':<{width}}  {'value':>16}  {'std. error':>12}"]
-        columns = (self.is_free, self.is_tied, self.active)
-        for name, value, error, free, tied, held in zip(
-            self.param_names, self.popt, self.perr, *columns, strict=True
-        ):
+        errors = np.full(len(self.popt), np.nan) if self.perr is None else self.perr
+        columns = (self.popt, errors, self.is_free, self.is_tied, self.active)
+        for name, value, error, free, tied, held in zip(names, *columns, strict=False):
             note = "  (at bound)" if held else "  (tied)" if tied else ""
             note = note if free or tied else "  (fixed)"
-            spread = f"{error:12.4g}" if free or tied else ""
+            spread = f"{error:12.4g}" if (free or tied) and self.perr is not None else ""
             rows.append(f"  {name:<{width}}  {value:16.9g}  {spread:>12}{note}")
+        if len(self.popt) > len(names):
+            rows.append(f"  and {len(self.popt) - len(names):,} more, in `popt`")
         return rows
 
     def __repr__(self) -> str:
-        values = ", ".join(
-            f"{name}={value:.6g}" for name, value in zip(self.param_names, self.popt, strict=True)
-        )
-        return f"<FitResult {self.status.name}: {values}; {self.num_rows:,} rows>"
+        pairs = list(zip(self.param_names, self.popt, strict=True))
+        values = ", ".join(f"{name}={value:.6g}" for name, value in pairs[:_MAX_REPR_VALUES])
+        more = ", …" if len(pairs) > _MAX_REPR_VALUES else ""
+        return f"<FitResult {self.status.name}: {values}{more}; {self.num_rows:,} rows>"
 
     def __str__(self) -> str:
         return self.summary()

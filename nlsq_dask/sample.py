@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ __all__ = ["ROWS_ALWAYS_SAMPLED", "Rows", "Sample", "draw_sample", "sample_size"
 ROWS_ALWAYS_SAMPLED = 50_000
 _MIN_ROWS = 10_000  # 1 % of a million
 _MAX_ROWS = 2**20
+_ROWS_PER_PARAMETER = 20
 _BLOCK_ROWS = 2**14
 _FIRST_STRATA = 128
 _CHUNKS_TO_SPLIT = 32  # fewer are not comparable halves of an archive in time order
@@ -68,6 +69,16 @@ class Sample:
     def blocks(self) -> range:
         return range(self.source.num_chunks)
 
+    def in_one_block(self) -> Sample:
+        """The same rows in random order, to be computed on at once."""
+        order = np.random.default_rng(0).permutation(self.num_rows)
+        columns = {
+            role: MemoryColumn(values=column.read((slice(None),))[order], dims=column.dims)
+            for role, column in self.source.columns.items()
+        }
+        source = replace(self.source.with_columns(columns), leaf_shape=(self.num_rows,))
+        return replace(self, source=source, halves=(range(1), range(1)))
+
     @property
     def center(self) -> float:
         """About the mean of `y`."""
@@ -79,11 +90,15 @@ class Sample:
         return np.array([column.read((slice(0, 1),))[0] for column in self.source.x])
 
 
-def sample_size(num_rows: int, max_fraction: float) -> int:
-    """Rows to draw: all of few, a share of many, and between the two never too few to judge by."""
-    if num_rows <= ROWS_ALWAYS_SAMPLED:
+def sample_size(num_rows: int, max_fraction: float, num_free: int = 0) -> int:
+    """Rows to draw: all of few, a share of many, and between the two never too few to judge by.
+
+    Many parameters ask for more rows, whatever the share: each of them must be seen.
+    """
+    least = max(_MIN_ROWS, _ROWS_PER_PARAMETER * num_free)
+    if num_rows <= max(ROWS_ALWAYS_SAMPLED, least):
         return num_rows
-    return min(max(int(max_fraction * num_rows), _MIN_ROWS), _MAX_ROWS)
+    return max(least, min(int(max_fraction * num_rows), _MAX_ROWS))
 
 
 def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
@@ -127,6 +142,7 @@ def draw_sample(
     *,
     max_fraction: float,
     seed: int,
+    num_free: int = 0,
 ) -> Sample:
     """Draw rows from evenly spread chunks; from more of them where too few rows are valid.
 
@@ -135,7 +151,7 @@ def draw_sample(
     DataError
         If no row of any chunk is valid.
     """
-    target = sample_size(num_rows, max_fraction)
+    target = sample_size(num_rows, max_fraction, num_free)
     everything = target == num_rows
     strata = num_chunks if everything else min(_FIRST_STRATA, num_chunks)
     while True:

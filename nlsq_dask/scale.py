@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 
-from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask._typing import Vector
 from nlsq_dask.errors import DataError
 from nlsq_dask.objective import SampleObjective
-from nlsq_dask.solvers.trust_region import Tolerances
-from nlsq_dask.warmup import warm_up
 
 __all__ = ["estimate_f_scale"]
 
@@ -21,13 +20,19 @@ _MAX_ROUNDS = 8
 
 
 def estimate_f_scale(
-    objective: SampleObjective, config: HybridStreamingConfig, tolerances: Tolerances
+    objective: SampleObjective, fit: Callable[[SampleObjective], Vector | None]
 ) -> float:
     """1.4826 times the median absolute residual at the sample's own optimum.
 
     The optimum depends on the scale, so the two are found in turns, from the scale of the
     residuals at `p0` on, until the scale changes by less than 1 % (Huber & Ronchetti 2009,
     section 7.8, with the median absolute deviation for the scale step).
+
+    Parameters
+    ----------
+    objective : SampleObjective
+    fit : callable
+        Finds the optimum; None where the model is not finite.
 
     Raises
     ------
@@ -37,10 +42,10 @@ def estimate_f_scale(
     space = objective.problem.space
     scale = _spread_at(objective, space.p0[space.is_free])
     for _ in range(_MAX_ROUNDS):
-        warmup = warm_up(objective.with_f_scale(scale), config, tolerances)
-        if warmup is None:
+        optimum = fit(objective.with_f_scale(scale))
+        if optimum is None:
             raise DataError("`f_scale` cannot be estimated: the model is not finite near `p0`")
-        before, scale = scale, _spread_at(objective, warmup.optima[0].params)
+        before, scale = scale, _spread_at(objective, optimum)
         if abs(scale - before) <= _TOLERANCE * before:
             break
     _LOGGER.info("Estimated f_scale: %.6g", scale)

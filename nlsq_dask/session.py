@@ -53,6 +53,6 @@ class Session:
             directions=self.problem.directions(whitening),
             terms=self.terms,
         )
-        normal = evaluator.evaluate(request).sums.normal
+        normal = evaluator.evaluate(request).sums.equations
         penalty = self.problem.penalties.rows(float(normal.num_rows))
         return evaluation_of(self.problem, penalty, params, whitening, normal)

@@ -39,6 +39,7 @@ class IterationRecord:
     num_rows: int
     bytes_read: int
     seconds: float  # of the pass, or since the last record of the warmup
+    is_product: bool = False  # of conjugate gradients, at the best point: no trial
 
     @property
     def rows_per_second(self) -> float:
@@ -54,6 +55,8 @@ class IterationRecord:
                 f"on {self.num_rows:,} rows of the sample"
             )
         verdict = "accepted" if self.accepted else "rejected"
+        if self.is_product:
+            verdict = "conjugate gradients"
         change = "" if np.isnan(self.relative_change) else f" ({self.relative_change:+.1e})"
         return (
             f"pass {self.num_passes}: cost {self.trial_cost:.9e}{change}, "

@@ -22,16 +22,28 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One trial: normal equations at `params`, and what else the same reading can give."""
+    """One trial: normal equations at `params`, and what else the same reading can give.
+
+    Without `directions` nothing of size ``n²`` is formed: a pass gives the gradient, or the
+    products of Gauss-Newton's Hessian with `vectors`.
+    """
 
     params: Float[np.ndarray, " n"]
-    directions: Float[np.ndarray, "n k"]
     terms: RowTerms
+    directions: Float[np.ndarray, "n k"] | None = None
+    vectors: Float[np.ndarray, "v n"] | None = None
     rivals: Float[np.ndarray, "rivals n"] | None = None  # cost only
     center: float | None = None  # of the summary of y; None leaves it out
     with_scores: bool = False  # the parts of a sandwich covariance
     precision: Precision = "float64"
     names_leaves: bool = True  # those with sums that are not finite, or rows that are refused
+
+    @property
+    def kind(self) -> str:
+        """What is asked for, in words: each kind is compiled once."""
+        if self.directions is not None:
+            return "normal equations"
+        return "gradient" if self.vectors is None else f"products with {len(self.vectors)} vectors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

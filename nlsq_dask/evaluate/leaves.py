@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import sys
 import threading
@@ -17,9 +19,11 @@ import numpy as np
 import psutil
 
 from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
-from nlsq_dask.normal_equations import Sums
+from nlsq_dask.kernels.reverse import ReverseKernels, build_reverse_kernels
+from nlsq_dask.normal_equations import CostSum, RowStatistics, Sums
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk, check_chunk, pad_chunk
 from nlsq_dask.sources.grid import GridSource
@@ -42,12 +46,14 @@ class ProblemHome:
     cache_bytes: int
     prefetch: bool
     kernels: Kernels = field(init=False)
+    reverse: ReverseKernels = field(init=False)
     _cache: dict[int, Chunk] = field(default_factory=dict)
     _cached_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
+        self.reverse = build_reverse_kernels(self.problem.kernel_spec)
 
     def retain(self, owned: Sequence[range]) -> None:
         """Drop the chunks that another process owns now."""
@@ -89,32 +95,52 @@ class ProblemHome:
         )
 
     def _evaluate(self, chunk: Chunk, request: Request, meter: _Meter) -> Sums:
-        params, directions, terms = request.params, request.directions, request.terms
-        kernels = self.kernels
+        """The sums of a leaf. Its slabs are computed beside each other, and added in order."""
+        slabs = cut_slabs(chunk, self.problem.plan.num_shards)
         # Other processes never saw the client's setting, and the setting is the thread's own.
-        with jax.enable_x64(True), self._compiling_once(chunk, request, meter):
-            normal, rows = kernels.normal_equations(
-                params, directions, terms, chunk, precision=request.precision
+        with jax.enable_x64(True), self._compiling_once(slabs[0], request, meter):
+            if len(slabs) == 1:
+                return _fetch(self._dispatch(chunk, request))
+            devices = jax.local_devices()
+            dispatched = [
+                self._dispatch(jax.device_put(slab, devices[i % len(devices)]), request)
+                for i, slab in enumerate(slabs)
+            ]
+            return functools.reduce(operator.add, map(_fetch, dispatched))
+
+    def _dispatch(self, chunk: Chunk, request: Request) -> Sums:
+        """Start what is asked for, on the device that holds the chunk, without waiting for it."""
+        params, terms, kernels = request.params, request.terms, self.kernels
+        normal, rows = self._normal(chunk, request)
+        rivals = summary = scores = None
+        if request.rivals is not None:
+            rivals = kernels.costs(request.rivals, terms, chunk)
+        if request.center is not None:
+            summary = kernels.summary(np.asarray(request.center, np.float64), terms, chunk)
+        if request.with_scores:
+            num_clusters = self.problem.num_clusters
+            scores = kernels.scores(
+                params, request.directions, terms, chunk, num_clusters=num_clusters
             )
-            rivals = summary = scores = None
-            if request.rivals is not None:
-                rivals = kernels.costs(request.rivals, terms, chunk)
-            if request.center is not None:
-                summary = kernels.summary(np.asarray(request.center, np.float64), terms, chunk)
-            if request.with_scores:
-                num_clusters = self.problem.num_clusters
-                scores = kernels.scores(params, directions, terms, chunk, num_clusters=num_clusters)
-            sums = Sums(
-                normal=normal, rows=rows, rival_costs=rivals, summary=summary, scores=scores
+        return Sums(normal=normal, rows=rows, rival_costs=rivals, summary=summary, scores=scores)
+
+    def _normal(self, chunk: Chunk, request: Request) -> tuple[CostSum, RowStatistics]:
+        params, terms, precision = request.params, request.terms, request.precision
+        if request.directions is not None:
+            return self.kernels.normal_equations(
+                params, request.directions, terms, chunk, precision=precision
             )
-            fetched: Sums = jax.device_get(sums)
-            return fetched
+        if request.vectors is not None:
+            return self.reverse.products(params, request.vectors, terms, chunk, precision=precision)
+        return self.reverse.gradient(params, terms, chunk, precision=precision)
 
     @contextmanager
     def _compiling_once(self, chunk: Chunk, request: Request, meter: _Meter) -> Iterator[None]:
         """Let one thread compile while the others of the process wait for it."""
-        shapes = shapes_of((request.params, request.directions, request.terms, chunk))
-        needed: set[Hashable] = {(f"normal equations in {request.precision}", shapes)}
+        shapes = shapes_of(
+            (request.params, request.directions, request.vectors, request.terms, chunk)
+        )
+        needed: set[Hashable] = {(f"{request.kind} in {request.precision}", shapes)}
         if request.rivals is not None:
             needed.add((f"costs of {len(request.rivals)}", shapes))
         if request.center is not None:
@@ -185,6 +211,11 @@ def shapes_of(arguments: Any) -> Hashable:
     leaves = jax.tree.leaves(arguments)
     shapes = tuple((np.shape(leaf), str(np.result_type(leaf))) for leaf in leaves)
     return jax.tree.structure(arguments), shapes
+
+
+def _fetch(sums: Sums) -> Sums:
+    fetched: Sums = jax.device_get(sums)
+    return fetched
 
 
 def _is_offending(sums: Sums) -> bool:

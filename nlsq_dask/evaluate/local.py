@@ -18,8 +18,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome, shapes_of
 from nlsq_dask.evaluate.tree import split_leaves
-from nlsq_dask.kernels.build import Kernels
-from nlsq_dask.plan import MemoryProjection
+from nlsq_dask.plan import MemoryProjection, slab_shape
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource
@@ -127,30 +126,36 @@ def is_in_memory(problem: Problem) -> bool:
 
 
 def kernel_bytes(home: ProblemHome) -> int:
-    """What XLA says that the normal equations of one chunk need beside their arguments."""
-    problem, kernels = home.problem, home.kernels
-    ones = np.ones(problem.source.chunk_shape)
-    template = Chunk(
-        x=tuple(ones for _ in problem.source.variables),
-        y=ones,
-        extent=np.asarray(ones.shape, np.int64),
+    """What XLA says that the sums of one leaf need beside their arguments, all slabs together."""
+    problem, num_shards = home.problem, home.problem.plan.num_shards
+    slab = abstract(slab_shape(tuple(problem.source.chunk_shape), num_shards))
+    chunk = Chunk(
+        x=tuple(slab for _ in problem.source.variables),
+        y=slab,
+        extent=abstract((len(slab.shape),), np.int64),
     )
-    arguments = (
-        abstract((problem.space.size,)),
-        abstract((problem.space.size, problem.space.num_free)),
-        RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(())),
-        jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), template),
-    )
-    shapes = shapes_of(arguments)
-    if shapes not in kernels.temporary_bytes:
-        kernels.temporary_bytes[shapes] = _temporary_bytes(kernels, arguments)
-    return kernels.temporary_bytes[shapes]
+    n, k = problem.space.size, problem.space.num_free
+    terms = RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(()))
+    params = abstract((n,))
+    kernels: list[tuple[Any, tuple[Any, ...]]] = [
+        (home.kernels.normal_equations, (params, abstract((n, k)), terms, chunk))
+    ]
+    if problem.plan.is_matrix_free:
+        kernels = [
+            (home.reverse.gradient, (params, terms, chunk)),
+            (home.reverse.products, (params, abstract((2, n)), terms, chunk)),
+        ]
+    known = home.kernels.temporary_bytes
+    for kernel, arguments in kernels:
+        shapes = shapes_of(arguments)
+        if shapes not in known:
+            known[shapes] = _temporary_bytes(kernel, arguments)
+    return num_shards * max(known[shapes_of(arguments)] for _, arguments in kernels)
 
 
-def _temporary_bytes(kernels: Kernels, arguments: tuple[Any, ...]) -> int:
+def _temporary_bytes(kernel: Any, arguments: tuple[Any, ...]) -> int:
     with jax.enable_x64(True):
-        jitted: Any = kernels.normal_equations
-        analysis = jitted.lower(*arguments, precision="float64").compile().memory_analysis()
+        analysis = kernel.lower(*arguments, precision="float64").compile().memory_analysis()
     if analysis is None:  # a backend that does not say
         return 0
     return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)

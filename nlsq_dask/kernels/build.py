@@ -22,7 +22,7 @@ from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["KernelSpec", "Kernels", "build_kernels"]
+__all__ = ["KernelSpec", "Kernels", "build_kernels", "row_statistics"]
 
 
 _MAX_KERNELS = 32
@@ -119,7 +119,7 @@ def _normal_equations(
             cost=_total(rows.cost),
             num_rows=jnp.sum(tile.is_row, dtype=jnp.int64),
         )
-        return normal, _statistics(tile, rows.residual)
+        return normal, row_statistics(tile, rows.residual)
 
     return sum_tiles(chunk, spec.tile_shape, terms, reduce)
 
@@ -140,11 +140,13 @@ def _products(
     return product[:-1, :-1], product[:-1, -1]
 
 
-def _total(rows: Float[Array, " rows"]) -> Float[Array, ""]:
+def _total(rows: Float[Array, ...]) -> Float[Array, ""]:
     return jnp.sum(rows).astype(jnp.float64)
 
 
-def _statistics(tile: Tile, residual: Float[Array, " rows"]) -> RowStatistics:
+def row_statistics(tile: Tile, residual: Float[Array, ...]) -> RowStatistics:
+    """Counts of a tile's rows, and moments of their residuals."""
+
     def count(of: Array) -> Array:
         return jnp.sum(of, dtype=jnp.int64)
 

@@ -128,7 +128,6 @@ def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
 
 def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:
     """Rows with what decides whether, and how much, each counts."""
-    shape = chunk.y.shape
     is_wanted: Any = is_real
     if chunk.where is not None:
         is_wanted &= chunk.where
@@ -144,11 +143,14 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
     is_row: Array = is_wanted & jnp.isfinite(y) & ~is_stray
     for column in (*x, *([] if sigma is None else [sigma])):
         is_row = is_row & jnp.isfinite(column)
-    # A row without weight gets a value at which the model is defined: NaN times zero is NaN.
+    # A row without weight gets values at which the model is defined: NaN times zero is NaN, and
+    # in reverse mode it would be in every parameter's gradient.
     x = tuple(
-        jnp.where(is_row if column.shape == shape else jnp.isfinite(column), column, value)
+        jnp.where(_is_used(column, is_row), column, value)
         for column, value in zip(x, terms.fill, strict=True)
     )
+    if sigma is not None:
+        sigma = jnp.where(_is_used(sigma, is_row), sigma, 1.0)
     return Tile(
         x=x,
         y=y,
@@ -160,6 +162,12 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
         is_real=is_real,
         is_stray=is_stray,
     )
+
+
+def _is_used(column: Float[Array, ...], is_row: Bool[Array, ...]) -> Bool[Array, ...]:
+    """Where a value belongs to a row that counts; a broadcast one may belong to many."""
+    axes = [i for i, length in enumerate(column.shape) if length != is_row.shape[i]]
+    return jnp.any(is_row, axis=tuple(axes), keepdims=True)
 
 
 def _group_weight(

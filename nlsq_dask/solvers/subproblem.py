@@ -25,11 +25,11 @@ import scipy.optimize
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.solvers.quadratic import QuadraticModel, spectrum_of
 
-__all__ = ["Step", "solve_subproblem"]
+__all__ = ["TO_THE_BOUND", "Step", "solve_subproblem"]
 
 # A step goes this far towards a bound at most, so that every iterate is strictly feasible and
 # models that are undefined on the bound itself stay defined.
-_TO_THE_BOUND = 1 - 1e-8
+TO_THE_BOUND = 1 - 1e-8
 _RADIUS_TOLERANCE = 0.05
 
 
@@ -67,7 +67,7 @@ def solve_subproblem(
     to_bounds : ((k,), (k,))
         `l` and `u`: the way to the lower and upper bounds, ``l <= 0 <= u``.
     """
-    low, high = (_TO_THE_BOUND * side for side in to_bounds)
+    low, high = (TO_THE_BOUND * side for side in to_bounds)
     steps = _DampedSteps(model, scale, low, high)
     damping = 0.0
     vector, active = steps.at(0.0)

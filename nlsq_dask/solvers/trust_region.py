@@ -24,6 +24,14 @@ import numpy as np
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.normal_equations import NormalEquations
+from nlsq_dask.solvers.acceptance import (
+    Progress,
+    Tolerances,
+    ending_of,
+    judge,
+    residual_scale,
+    with_trial,
+)
 from nlsq_dask.solvers.quadratic import (
     QuadraticModel,
     build_quadratic,
@@ -34,9 +42,6 @@ from nlsq_dask.solvers.subproblem import Step, solve_subproblem
 from nlsq_dask.status import Status
 
 __all__ = ["Evaluation", "State", "Tolerances", "TrustRegion"]
-
-_EPS = float(np.finfo(np.float64).eps)
-_ACCEPT_GAIN = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,66 +56,35 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tolerances:
-    """When to stop. MINPACK's tests act only where given."""
+class State(Progress):
+    """Where the solve stands, with the quadratic model at its best point."""
 
-    distance_tol: float
-    max_iterations: int
-    ftol: float | None = None
-    xtol: float | None = None
-    gtol: float | None = None
-    tangent_tol: float = np.inf  # beside `distance_tol`
-    absolute_sigma: bool = False
-    # Σ w y², to tell residuals of rounding size from residuals.
-    data_square: float = 0.0
-    eps: float = _EPS  # of the arithmetic that residuals are computed in
-
-    def cost_noise(self, cost: float) -> float:
-        """Differences of the cost below this are rounding: of its sum, and of the residuals.
-
-        A model errs by a few eps |y|, ten say, in each residual, and the cost then by at most
-        ``10 eps ‖r‖ ‖y‖``.
-        """
-        residual = 10 * self.eps * np.sqrt(2 * cost * self.data_square)
-        return 100 * self.eps * cost + float(residual) + 8 * self.eps**2 * self.data_square
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """Where the solve stands. `params` is the best point evaluated, `trial` the next one."""
-
-    params: Float[np.ndarray, " k"]
-    trial: Float[np.ndarray, " k"]
     evaluation: Evaluation
     model: QuadraticModel
-    scale: Float[np.ndarray, " k"]
-    radius: float
     newton: Step  # within the bounds, from `params`
-    step: Step  # to `trial`
-    distance: float  # d, in standard errors
-    contraction: float | None  # ρ of the last Newton step
-    num_trials: int
-    num_accepted: int
-    was_accepted: bool
-    was_finite: bool  # the last trial
-    gain: float  # of the last trial
-    status: Status
+
+    @property
+    def question(self) -> tuple[Vector, Vector]:
+        """What the next evaluation is asked: the trial, and the `R` to evaluate it with."""
+        return self.trial, self.whitening
+
+    @property
+    def here(self) -> tuple[Vector, Vector]:
+        """The same for the best point, to be evaluated again."""
+        return self.params, self.whitening
 
     @property
     def cost(self) -> float:
         return self.model.cost
 
     @property
+    def newton_reduction(self) -> float:
+        return self.newton.reduction
+
+    @property
     def whitening(self) -> Float[np.ndarray, "k k"]:
         """The `R` for the next pass: the R factor of the last Jacobian accepted."""
         return next_whitening(self.model.gauss_newton_factor)
-
-    @property
-    def remaining_distance(self) -> float:
-        """The estimated distance to the minimum in standard errors, steps to come included."""
-        if self.contraction is None:
-            return self.distance
-        return self.distance / (1 - self.contraction) if self.contraction < 1 else np.inf
 
     @property
     def data_cost(self) -> float:
@@ -195,25 +169,8 @@ class TrustRegion:
             was_finite=is_finite,
             gain=np.nan,
         )
-        shorter = 0.25 * state.step.scaled_norm
-        if not is_finite:
-            return self._next_trial(replace(tried, radius=shorter))
-        candidate = self._accept(tried, evaluation)
-        actual = state.cost - candidate.cost
-        promised = state.step.reduction
-        noise = self.tolerances.cost_noise(state.cost)
-        if state.newton.reduction <= noise:
-            if candidate.distance >= state.distance:
-                return replace(tried, status=self._converged(Status.CONVERGED_TO_ROUNDING, tried))
-            return self._next_trial(candidate)
-        if promised <= noise:  # not by being near the minimum: the radius has collapsed
-            return replace(tried, status=Status.STALLED)
-        gain = actual / promised
-        radius = self._next_radius(state, gain)
-        if gain <= _ACCEPT_GAIN:
-            return self._next_trial(replace(tried, radius=shorter, gain=gain))
-        accepted = replace(candidate, radius=radius, gain=gain)
-        return self._next_trial(self._minpack_tests(state, accepted, actual))
+        candidate = self._accept(tried, evaluation) if is_finite else None
+        return self._next_trial(judge(self.tolerances, tried, candidate))
 
     def _accept(self, state: State, evaluation: Evaluation) -> State:
         model = build_quadratic(evaluation.normal, evaluation.whitening, evaluation.curvature)
@@ -238,58 +195,18 @@ class TrustRegion:
 
     def _next_trial(self, state: State) -> State:
         """Test for convergence, then choose the next point."""
-        if state.status is not Status.RUNNING:
-            return state
-        is_near = state.remaining_distance <= self.tolerances.distance_tol
-        if is_near and state.tangent_cosine <= self.tolerances.tangent_tol:
-            return replace(state, status=self._converged(Status.CONVERGED, state))
-        scaled_length = float(np.linalg.norm(state.scale * state.params))
-        if state.radius <= _EPS * scaled_length or state.radius < np.finfo(np.float64).tiny:
-            return replace(state, status=Status.STALLED)
-        if not state.was_accepted and state.step.scaled_norm == 0.0:
-            return replace(state, status=Status.STALLED)
-        if state.num_trials >= self.tolerances.max_iterations:
-            return replace(state, status=Status.MAX_ITERATIONS)
-        step = state.newton
-        if step.scaled_norm > state.radius:
-            step = solve_subproblem(
-                state.model, state.scale, state.radius, self._to_bounds(state.params)
-            )
-        lower, upper = self.bounds
-        inside = np.nextafter(lower, upper), np.nextafter(upper, lower)
-        trial = np.clip(state.params + step.vector, *inside)
-        if np.array_equal(trial, state.params):
-            return replace(state, status=self._converged(Status.CONVERGED_TO_ROUNDING, state))
-        return replace(state, step=step, trial=trial)
-
-    def _converged(self, status: Status, state: State) -> Status:
-        """Converged, unless there is a direction that the data do not determine."""
-        rank = spectrum_of(
-            state.model.gauss_newton_factor, _positive(state.model.column_norms)
-        ).rank
-        return status if rank == len(state.params) else Status.UNIDENTIFIED
-
-    def _minpack_tests(self, before: State, after: State, actual: float) -> State:
-        """MINPACK's tests of an accepted step (Moré, Garbow & Hillstrom 1980)."""
-        limits = self.tolerances
-        moved = float(np.linalg.norm(after.scale * before.step.vector))
-        length = float(np.linalg.norm(after.scale * after.params))
-        promised = before.step.reduction
-        if limits.ftol is not None and max(actual, promised) <= limits.ftol * before.cost:
-            return replace(after, status=self._converged(Status.CONVERGED_FTOL, after))
-        if limits.xtol is not None and moved <= limits.xtol * (limits.xtol + length):
-            return replace(after, status=self._converged(Status.CONVERGED_XTOL, after))
-        if limits.gtol is not None and after.optimality <= limits.gtol:
-            return replace(after, status=self._converged(Status.CONVERGED_GTOL, after))
-        return after
-
-    @staticmethod
-    def _next_radius(state: State, gain: float) -> float:
-        if gain < 0.25:
-            return 0.25 * state.step.scaled_norm
-        if gain > 0.75:
-            return max(state.radius, 2 * state.step.scaled_norm)
-        return state.radius
+        if state.status is Status.RUNNING:
+            state = replace(state, status=ending_of(self.tolerances, state))
+        if state.status is Status.RUNNING:
+            step = state.newton
+            if step.scaled_norm > state.radius:
+                step = solve_subproblem(
+                    state.model, state.scale, state.radius, self._to_bounds(state.params)
+                )
+            state = with_trial(state, step, self.bounds)
+        if state.status.is_success and not _is_identified(state.model):
+            return replace(state, status=Status.UNIDENTIFIED)
+        return state
 
     def _to_bounds(self, params: Vector) -> tuple[Vector, Vector]:
         lower, upper = self.bounds
@@ -298,13 +215,17 @@ class TrustRegion:
     def _distance(self, model: QuadraticModel, newton: Step, evaluation: Evaluation) -> float:
         """``‖S p‖ / s``: the longest way to the minimum, in standard errors."""
         dof = int(evaluation.normal.num_rows) - len(newton.vector)
-        variance = 2 * (model.cost - evaluation.penalty_cost) / dof if dof > 0 else 0.0
-        if self.tolerances.absolute_sigma:
-            variance = min(variance, 1.0) if dof > 0 else 1.0
+        scale = residual_scale(self.tolerances, model.cost - evaluation.penalty_cost, dof)
         length = float(np.linalg.norm(model.gauss_newton_factor @ newton.vector))
         if length == 0.0:
             return 0.0
-        return length / np.sqrt(variance) if variance > 0 else np.inf
+        return length / scale if scale > 0 else np.inf
+
+
+def _is_identified(model: QuadraticModel) -> bool:
+    """Whether the data determine every direction."""
+    spectrum = spectrum_of(model.gauss_newton_factor, _positive(model.column_norms))
+    return spectrum.rank == len(model.residual)
 
 
 def _positive(norms: Vector) -> Vector:

@@ -1,0 +1,290 @@
+r"""Fits of many parameters: gradients and products, on a sample here and on all rows in passes.
+
+The preconditioner of a pass is the sample. At the same point its Gauss-Newton Hessian, scaled up
+to all rows, differs from theirs by sampling noise, so that a few steps of conjugate gradients
+bridge the two. The noise is what k parameters can make of m_s rows; as in Ledoit & Wolf (2004)
+it is shrunk towards the diagonal,
+
+    M = (1 - α) (m / m_s) J_sᵀC J_s + α D + P + ε D,    α = k / (k + m_s),
+
+with D the diagonal of the first term, P the penalties' Hessian and ε `regularization_factor`.
+M is never formed: each solve is one of conjugate gradients on the sample, preconditioned by its
+diagonal, and within the same bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+
+from nlsq_dask._typing import Bool, Float, Vector
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.evaluate.base import Request
+from nlsq_dask.normal_equations import CostGradient
+from nlsq_dask.objective import Passes, SampleObjective
+from nlsq_dask.penalised import penalised_slope, penalty_products
+from nlsq_dask.penalties import PenaltyRows
+from nlsq_dask.solvers.acceptance import Tolerances
+from nlsq_dask.solvers.conjugate import Limits, begin, minimize_quadratic
+from nlsq_dask.solvers.minimize import minimize
+from nlsq_dask.solvers.truncated_newton import NewtonState, Products, Slope, TruncatedNewton
+from nlsq_dask.status import Status
+
+__all__ = ["FullProducts", "SampleFit", "SampleProducts", "fit_sample"]
+
+_INNER_PRODUCTS = 500  # on the sample, in one solve with M
+_INNER_TOLERANCE = 1e-3  # of its residual: a pass costs more than a digit
+_SAMPLE_PRODUCTS = 2000  # in each trial on the sample
+_SAMPLE_TOLERANCE = 1e-2
+_SAMPLE_TRIALS = 200
+# Of the sample's own standard errors: its optimum is some √k of them away from that of all rows.
+_SAMPLE_DISTANCE = 1e-2
+
+
+class SampleProducts:
+    """The sample in memory, in one block: gradients, products, and the Hessian's diagonal."""
+
+    def __init__(self, objective: SampleObjective) -> None:
+        self.objective = objective
+        self.space = objective.problem.space
+        with jax.enable_x64(True):
+            self._chunk = jax.device_put(objective.block(0))
+
+    @property
+    def num_rows(self) -> int:
+        return self.objective.num_rows
+
+    @property
+    def penalty(self) -> PenaltyRows:
+        return self.objective.penalty(range(1))
+
+    def slope(self, params: Vector) -> CostGradient:
+        """Cost and gradient by all parameters, without penalties."""
+        kernel = self.objective.reverse.gradient
+        slope, _ = self._call(kernel, self.space.expand(params), precision="float64")
+        return CostGradient(cost=slope.cost, num_rows=slope.num_rows, grad=slope.grad)
+
+    def products(
+        self, params: Vector, vectors: Float[np.ndarray, "v k"]
+    ) -> Float[np.ndarray, "v k"]:
+        """``JᵀC J v``, without penalties."""
+        kernel = self.objective.reverse.products
+        embedded = self.space.embed(vectors.T).T
+        done, _ = self._call(kernel, self.space.expand(params), embedded, precision="float64")
+        return np.asarray(done.products[:, self.space.is_free])
+
+    def diagonal(self, params: Vector) -> Float[np.ndarray, " k"]:
+        """Of ``JᵀC J``, estimated (see `nlsq_dask.kernels.reverse`)."""
+        diagonal: Vector = self._call(self.objective.reverse.diagonal, self.space.expand(params))
+        return np.asarray(diagonal[self.space.is_free])
+
+    def _call(self, kernel: Any, *arguments: Vector, **options: str) -> Any:
+        with jax.enable_x64(True):
+            return jax.device_get(kernel(*arguments, self.objective.terms, self._chunk, **options))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _SampleHessian:
+    """The sample's Hessian at a point, scaled to a number of rows; as its diagonal solves it."""
+
+    sample: SampleProducts
+    params: Float[np.ndarray, " k"]
+    rows: float  # over those of the sample
+    penalty: PenaltyRows
+
+    @cached_property
+    def _sample_diagonal(self) -> Float[np.ndarray, " k"]:
+        return np.asarray(self.rows * self.sample.diagonal(self.params))
+
+    @cached_property
+    def data_diagonal(self) -> Float[np.ndarray, " k"]:
+        """Of the rows' part, nearly; a row's share where the sample sees nothing."""
+        diagonal = self._sample_diagonal
+        seen = diagonal[diagonal > 0]
+        share = min(1.0, len(diagonal) / max(self.sample.num_rows, 1))
+        unseen = share * float(np.median(seen)) if seen.size else 1.0
+        return np.where(diagonal > 0, diagonal, unseen)
+
+    @property
+    def is_seen(self) -> Bool[np.ndarray, " k"]:
+        return np.asarray((self._sample_diagonal > 0) | (self._penalty_diagonal > 0))
+
+    @property
+    def _penalty_diagonal(self) -> Float[np.ndarray, " k"]:
+        """Without what ties add to it."""
+        space = self.sample.space
+        return np.asarray(self.penalty.diagonal(space.size)[space.is_free])
+
+    @cached_property
+    def scale(self) -> Float[np.ndarray, " k"]:
+        return np.asarray(np.sqrt(self.data_diagonal + self._penalty_diagonal))
+
+    def products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+        """Of the rows' part, and of the penalties'."""
+        data = self.rows * self.sample.products(self.params, vectors)
+        problem = self.sample.objective.problem
+        return np.asarray(data + penalty_products(problem, self.penalty, self.params, vectors))
+
+    def __call__(self, residual: Vector, low: Vector, high: Vector) -> Vector:
+        return np.asarray(np.clip(residual / self.scale**2, low, high))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _ShrunkHessian:
+    """M, solved by conjugate gradients on the sample."""
+
+    hessian: _SampleHessian
+    shrinkage: float  # α
+    regularization: float  # ε
+
+    @property
+    def scale(self) -> Float[np.ndarray, " k"]:
+        return self.hessian.scale
+
+    @property
+    def is_seen(self) -> Bool[np.ndarray, " k"]:
+        return self.hessian.is_seen
+
+    def products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+        hessian = self.hessian
+        kept = 1 - self.shrinkage
+        added = (self.shrinkage + self.regularization) * hessian.data_diagonal * vectors
+        problem = hessian.sample.objective.problem
+        rows = kept * hessian.rows * hessian.sample.products(hessian.params, vectors)
+        penalty = penalty_products(problem, hessian.penalty, hessian.params, vectors)
+        return np.asarray(rows + added + penalty)
+
+    def __call__(self, residual: Vector, low: Vector, high: Vector) -> Vector:
+        start = begin(-residual, (low, high), self.scale, self.hessian)
+        limits = Limits(
+            max_products=_INNER_PRODUCTS, tolerance=_INNER_TOLERANCE * start.first_length
+        )
+        return minimize_quadratic(self.products, start, self.hessian, limits).step
+
+
+@dataclass(frozen=True)
+class _SampleEvaluate:
+    """``(params, vectors) -> Slope or Products`` on the sample."""
+
+    sample: SampleProducts
+
+    def __call__(
+        self, params: Vector, vectors: Float[np.ndarray, "v k"] | None = None
+    ) -> Slope | Products:
+        hessian = _SampleHessian(
+            sample=self.sample, params=params, rows=1.0, penalty=self.sample.penalty
+        )
+        if vectors is not None:
+            return Products(products=hessian.products(vectors))
+        problem = self.sample.objective.problem
+        slope = self.sample.slope(params)
+        normal, cost = penalised_slope(problem, hessian.penalty, params, slope)
+        return Slope(params=params, normal=normal, precondition=hessian, penalty_cost=cost)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFit:
+    """The optimum of the sample that is reached from `p0`."""
+
+    params: Float[np.ndarray, " k"]
+    cost: float
+    num_trials: int
+    num_products: int
+
+
+def fit_sample(
+    sample: SampleProducts, config: HybridStreamingConfig, tolerances: Tolerances
+) -> SampleFit | None:
+    """Truncated Newton on the sample, from `p0`; None where the model is not finite there."""
+    space = sample.space
+    is_everything = sample.objective.sample.is_everything
+    solver = TruncatedNewton(
+        bounds=space.free_bounds,
+        tolerances=Tolerances(
+            distance_tol=0.1 * tolerances.distance_tol if is_everything else _SAMPLE_DISTANCE,
+            max_iterations=_SAMPLE_TRIALS,
+            data_square=tolerances.data_square,
+        ),
+        max_products=_SAMPLE_PRODUCTS,
+        relative_tolerance=_SAMPLE_TOLERANCE,
+        absolute_tolerance=0.0,
+        initial_radius=config.trust_region_initial,
+    )
+    evaluate = _SampleEvaluate(sample)
+    num_products = 0
+
+    def count(state: NewtonState) -> NewtonState:
+        nonlocal num_products
+        num_products += state.is_multiplying
+        return state
+
+    start = evaluate(space.p0[space.is_free])
+    assert isinstance(start, Slope)
+    state = minimize(evaluate, solver, count(solver.init(start)), count)
+    if state.status is Status.NOT_FINITE:
+        return None
+    return SampleFit(
+        params=state.params,
+        cost=state.cost,
+        num_trials=state.num_trials,
+        num_products=num_products,
+    )
+
+
+@dataclass(kw_only=True)
+class FullProducts(Passes):
+    """Cost and gradient, or products, over all rows: each call is one pass."""
+
+    products_of_sample: SampleProducts
+    regularization: float
+    num_products: int = 0
+
+    def __call__(
+        self,
+        params: Vector,
+        vectors: Float[np.ndarray, "v k"] | None = None,
+        center: float | None = None,
+    ) -> Slope | Products:
+        """One pass; in the first, `y` is summarised."""
+        space = self.problem.space
+        request = Request(
+            params=space.expand(params),
+            terms=self.sample.terms,
+            vectors=None if vectors is None else space.embed(vectors.T).T,
+            center=center,
+            precision=self.precision,
+        )
+        sums = self.evaluate(request).sums
+        penalty = self.problem.penalties.rows(float(sums.normal.num_rows))
+        if vectors is not None:
+            self.num_products += 1
+            products = np.asarray(sums.products.products)[:, space.is_free]
+            added = penalty_products(self.problem, penalty, params, vectors)
+            return Products(products=products + added)
+        normal, cost = penalised_slope(self.problem, penalty, params, sums.slope)
+        return Slope(
+            params=params,
+            normal=normal,
+            precondition=self._preconditioner(params, penalty, float(normal.num_rows)),
+            penalty_cost=cost,
+        )
+
+    def _preconditioner(
+        self, params: Vector, penalty: PenaltyRows, num_rows: float
+    ) -> _ShrunkHessian:
+        sample, k = self.products_of_sample, len(params)
+        is_everything = self.sample.sample.is_everything
+        return _ShrunkHessian(
+            hessian=_SampleHessian(
+                sample=sample,
+                params=params,
+                rows=num_rows / max(sample.num_rows, 1),
+                penalty=penalty,
+            ),
+            shrinkage=0.0 if is_everything else k / (k + sample.num_rows),
+            regularization=self.regularization,
+        )
