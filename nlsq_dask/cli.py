@@ -11,6 +11,7 @@ import logging
 import sys
 import tempfile
 import time
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ import zarr
 from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask._version import __version__
 from nlsq_dask.api import fit_dataset
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.losses import LOSSES
 from nlsq_dask.result import FitResult
 from nlsq_dask.telemetry import IterationRecord
 
@@ -303,6 +306,28 @@ def _read_option(text: str) -> Any:
     return json.loads(text) if is_json else text
 
 
+def _read_scale(ctx: click.Context, param: click.Parameter, text: str) -> float | str:
+    if text == "mad":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"must be a number or mad, got {text!r}", ctx, param) from None
+
+
+def _read_config(
+    ctx: click.Context, param: click.Parameter, path: Path | None
+) -> HybridStreamingConfig | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return HybridStreamingConfig.from_mapping(options)
+    except (ValueError, TypeError) as error:
+        raise click.BadParameter(f"{str(path)!r}: {error}", ctx, param) from None
+
+
 def _load_model(ctx: click.Context, param: click.Parameter, text: str) -> ModelFunction:
     """The function that ``file.py:function`` or ``module:function`` names."""
     place, _, name = text.rpartition(":")
@@ -376,6 +401,28 @@ def _load_module(name: str) -> ModuleType:
 @click.option("--sigma", metavar="NAME", help="The variable of standard deviations.")
 @click.option("--absolute-sigma", is_flag=True, help="Sigma is known, not only its ratios.")
 @click.option("--where", metavar="NAME", help="The boolean variable that says which rows to fit.")
+@click.option(
+    "--loss",
+    type=click.Choice(list(LOSSES)),
+    default="linear",
+    show_default=True,
+    help="How much a large residual costs.",
+)
+@click.option(
+    "--f-scale",
+    metavar="NUMBER",
+    callback=_read_scale,
+    default="1",
+    show_default=True,
+    help='Where the loss begins to bend; "mad" estimates it.',
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_read_config,
+    help="Options of the fit by name, a TOML or JSON file.",
+)
 @click.option("--time-units", metavar="TEXT", help='For times, "hours since 2000-01-01".')
 @click.option(
     "--workers",

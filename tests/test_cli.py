@@ -172,6 +172,16 @@ def test_starts_bounds_and_fixed_parameters_of_a_module_in_this_folder(
     assert re.search(r"rate +0.6 .*\(at bound\)", result.stdout)
 
 
+def test_a_robust_loss_and_options_from_a_file(folder, options):
+    for name, text in (("fit.toml", "max_passes = 1\n"), ("fit.json", '{"max_passes": 1}')):
+        (folder / name).write_text(text)
+        result = invoke(
+            *("fit", *options, "--config", folder / name, "--quiet"),
+            *("--loss", "soft_l1", "--f-scale", "mad"),
+        )
+        assert re.search(r"passes over the data +[12]\n", result.stdout), result.output
+
+
 # -- what goes wrong
 
 
@@ -188,10 +198,15 @@ def test_starts_bounds_and_fixed_parameters_of_a_module_in_this_folder(
         (["--bounds", "rate=3"], "must be NAME=LOW:HIGH, got 'rate=3'"),
         (["--storage-option", "anon"], "must be KEY=VALUE, got 'anon'"),
         (["--storage-option", "client_kwargs={"], "must be KEY=VALUE, got 'client_kwargs={'"),
+        (["--loss", "l1"], "Invalid value for '--loss'"),
+        (["--f-scale", "wide"], "must be a number or mad, got 'wide'"),
+        (["--config", "{folder}/models.py"], "Invalid value for '--config'"),
+        (["--config", "{folder}/wrong.toml"], "`distence_tol` is not an option"),
         (["--workers", "-1"], "Invalid value for '--workers'"),
     ],
 )
 def test_usage_errors(folder, options, arguments, message):
+    (folder / "wrong.toml").write_text("distence_tol = 1e-3")
     given = [argument.replace("{folder}", str(folder)) for argument in arguments]
     result = invoke("fit", *options, *given)
     assert result.exit_code == 2
