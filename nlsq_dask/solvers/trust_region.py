@@ -215,6 +215,12 @@ class TrustRegion:
         accepted = replace(candidate, radius=radius, gain=gain)
         return self._next_trial(self._minpack_tests(state, accepted, actual))
 
+    def resume(self, state: State) -> State:
+        """A state of an earlier solve; where that had used up its iterations, perhaps not yet."""
+        if state.status is not Status.MAX_ITERATIONS:
+            return state
+        return self._next_trial(replace(state, status=Status.RUNNING))
+
     def _accept(self, state: State, evaluation: Evaluation) -> State:
         model = build_quadratic(evaluation.normal, evaluation.whitening, evaluation.curvature)
         scale = np.maximum(state.scale, model.column_norms)
