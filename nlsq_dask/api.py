@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,7 @@ def fit_dataset(
     client: Any = None,
     config: HybridStreamingConfig | None = None,
     callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> FitResult:
     r"""Fit one model to a whole dataset, however large, in passes over its chunks.
@@ -129,6 +131,9 @@ def fit_dataset(
         Called with an `IterationRecord` after each pass (``phase`` 2) and, before that, every
         `callback_frequency` iterations of the warmup (``phase`` 1). Raising StopIteration ends the
         fit, in the warmup after a first pass.
+    checkpoint : str or path, optional
+        A local file that is replaced, in one step, after the warmup and after each pass. It is
+        only written: ``config.resume_from_checkpoint`` goes on from one, to the same bits.
     storage_options : mapping, optional
         For a URL, in fsspec's names.
 
@@ -146,6 +151,8 @@ def fit_dataset(
         If no row can be fitted.
     StoreNotFoundError
         If there is no store.
+    CheckpointError
+        If checkpoints cannot be written, or the one to resume is damaged or of another fit.
     MemoryProjectionError
         If the plan does not fit a worker's memory.
 
@@ -201,6 +208,7 @@ def fit_dataset(
         nan_policy=nan_policy,
         client=client,
         callback=callback,
+        checkpoint=checkpoint,
     )
 
 

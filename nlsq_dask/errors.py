@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "ConvergenceError",
     "CovarianceError",
     "DataError",
@@ -27,6 +28,10 @@ class UntraceableModelError(ModelError, TypeError):
 
 class DataError(ValueError):
     """The data cannot be fitted as they are: no valid rows, or values that were refused."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or resumed: the place, the file, or it is of another fit."""
 
 
 class LengthError(ValueError, TypeError):

@@ -14,13 +14,14 @@ import scipy.linalg
 
 from nlsq_dask._typing import Array, Float, Vector
 from nlsq_dask.config import Precision
-from nlsq_dask.evaluate.base import Evaluator, Pass, Request
+from nlsq_dask.errors import CheckpointError
+from nlsq_dask.evaluate.base import Account, Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import Bins
 from nlsq_dask.kernels.reverse import ReverseKernels
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import whole_tile
-from nlsq_dask.normal_equations import ScoreSums, Sums
+from nlsq_dask.normal_equations import RowSummary, Sums
 from nlsq_dask.penalised import evaluation_of
 from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
@@ -200,30 +201,62 @@ class Passes:
     sample: SampleObjective
     precision: Precision = "float64"
     names_leaves: bool = True
-    passes: list[Pass] = field(default_factory=list)
-    points: list[Vector] = field(default_factory=list)  # of each pass, all parameters
+    rival_costs: tuple[float, ...] = ()  # of the first pass's rivals
+    summary: RowSummary | None = None  # of the first pass
+    accounts: list[Account] = field(default_factory=list)  # of each pass
+    bins: list[tuple[Vector, Bins]] = field(default_factory=list)  # by all parameters
+    last: Pass | None = None  # in this process
+    compilations: dict[str, int] = field(default_factory=dict)  # by process
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    # Of the data of an earlier process: the next pass holds them to it.
+    remembered: RowSummary | None = None
+
+    @property
+    def num_passes(self) -> int:
+        return len(self.accounts)
 
     def bins_at(self, params: Vector) -> Bins:
         """Statistics by chunk from the last pass at these parameters."""
         everything = self.problem.space.expand(params)
-        for point, done in zip(reversed(self.points), reversed(self.passes), strict=True):
+        found: Bins = self.bins[-1][1]
+        for point, bins in self.bins:
             if np.array_equal(point, everything):
-                return done.bins
-        return self.passes[-1].bins
+                found = bins
+        return found
 
     def evaluate(self, request: Request) -> Pass:
         """One pass."""
+        if self.remembered is not None:
+            request = replace(request, center=self.sample.sample.center)
         done = self.evaluator.evaluate(request)
-        self.passes.append(done)
-        self.points.append(np.asarray(request.params))
+        self._compare_rows(done)
+        self.accounts.append(done.account)
+        self.bins.append((np.asarray(request.params), done.bins))
+        self.last = done
+        if self.summary is None:
+            self.summary = done.sums.summary
+        for report in done.reports:
+            name = report.process
+            self.compilations[name] = self.compilations.get(name, 0) + report.num_compilations
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), report.peak_memory_bytes)
         return done
+
+    def _compare_rows(self, done: Pass) -> None:
+        """The first pass of a resumed fit sees whether all rows are what they were."""
+        before, now = self.remembered, done.sums.summary
+        if before is None or now is None:
+            return
+        if not all(np.array_equal(vars(before)[name], value) for name, value in vars(now).items()):
+            raise CheckpointError(
+                "The checkpoint is of other data: over all rows, the sums of `y` and of the "
+                "weights are not what they were"
+            )
+        self.remembered = None
 
 
 @dataclass
 class FullObjective(Passes):
     """The cost on all rows: each call is one pass."""
-
-    rival_costs: tuple[float, ...] = ()  # of the last call's rivals
 
     def __call__(
         self,
@@ -254,12 +287,10 @@ class FullObjective(Passes):
         share = float(normal.num_rows) / max(self.sample.num_rows, 1)
         return replace(evaluation, curvature=share * self.sample.curvature(params, whitening))
 
-    def scores(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> ScoreSums:
+    def scores(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> Sums:
         """The parts of a sandwich covariance: one pass, always in float64."""
         request = replace(self._request(params, whitening), with_scores=True, precision="float64")
-        scores = self.evaluate(request).sums.scores
-        assert scores is not None
-        return scores
+        return self.evaluate(request).sums
 
     def _request(
         self,

@@ -212,13 +212,14 @@ class AdaptiveHybridStreamingOptimizer:
         client: Any = None,
         callback: Callback | None = None,
         verbose: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
         criterion = Criterion() if criterion is None else criterion
         problem = _build_problem(rows, space, criterion, config)
         open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
-        result = fit_problem(problem, open_evaluator, config, nan_policy, callback)
+        result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
         if rows.is_temporary:
             result = replace(result, session=None)

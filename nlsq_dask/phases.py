@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,12 +17,13 @@ from nlsq_dask.config import HybridStreamingConfig, Precision
 from nlsq_dask.diagnostics import runs_of
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.journal import Journal, open_journal
+from nlsq_dask.ledger import Ledger
 from nlsq_dask.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.model import check_elementwise
-from nlsq_dask.normal_equations import CurvatureProducts, ScoreSums
 from nlsq_dask.objective import FullObjective, Passes, SampleObjective
 from nlsq_dask.problem import Problem
-from nlsq_dask.report import Course, Gate, build_result
+from nlsq_dask.report import Course, Gate, ScoresPass, build_result
 from nlsq_dask.result import FitResult
 from nlsq_dask.sample import Sample, draw_sample
 from nlsq_dask.scale import estimate_f_scale
@@ -48,6 +50,7 @@ def fit_problem(
     config: HybridStreamingConfig,
     nan_policy: NanPolicy = "omit",
     callback: Callback | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> FitResult:
     """Fit a problem that was checked at the edge.
 
@@ -55,6 +58,8 @@ def fit_problem(
 
     Raises
     ------
+    CheckpointError
+        If checkpoints cannot be written, or the one to resume is not of this fit.
     DataError
         If no row is valid, a sigma is not positive, or `nan_policy` refuses a value.
     ModelError
@@ -62,8 +67,9 @@ def fit_problem(
     MemoryProjectionError
         If the plan does not fit the workers.
     """
+    journal = open_journal(problem, config, nan_policy, checkpoint)
     with contextlib.closing(open_evaluator()) as evaluator:
-        course, state = _Fit(problem, evaluator, config, nan_policy, callback).run()
+        course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
         session = Session(
             problem=course.problem,
             config=config,
@@ -82,11 +88,8 @@ class _Found:
 
     full: Passes
     state: State | NewtonState
-    gate: Gate
-    warmup: Warmup | None = None
     sample_fit: SampleFit | None = None
-    scores: ScoreSums | None = None
-    left_precision: str = ""  # why a lower precision was left, if it was
+    scores: ScoresPass | None = None
 
 
 class _Fit:
@@ -97,6 +100,7 @@ class _Fit:
         config: HybridStreamingConfig,
         nan_policy: NanPolicy,
         callback: Callback | None,
+        journal: Journal,
     ) -> None:
         self._problem = problem
         self._evaluator = evaluator
@@ -106,13 +110,15 @@ class _Fit:
         self._data_square = 0.0
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
-        self._history: list[IterationRecord] = []
         self._was_stopped = False  # in the warmup: the fit ends with its first pass
+        self._journal = journal
+        self._ledger = Ledger(journal)
 
     def run(self) -> tuple[Course, State | NewtonState]:
         memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
         self._check_model(sample)
+        self._journal.meet_sample(sample)
         is_matrix_free = self._problem.plan.is_matrix_free
         sample = sample.in_one_block() if is_matrix_free else sample
         on_sample = SampleObjective(self._problem, sample)
@@ -125,20 +131,23 @@ class _Fit:
         self._seconds["total"] = time.perf_counter() - self._started
         if self._config.verbose:
             _LOGGER.info("%s", state.status.value)
+        ledger = self._ledger
         course = Course(
             problem=self._problem,
             config=self._config,
             evaluator=self._evaluator,
             full=found.full,
             sample=sample,
-            warmup=found.warmup,
+            warmup=ledger.warmup,
             sample_fit=found.sample_fit,
-            gate=found.gate,
+            gate=ledger.gate,
             memory=memory,
-            history=tuple(self._history),
+            history=ledger.history,
             seconds=self._seconds,
             scores=found.scores,
-            left_precision=found.left_precision,
+            left_precision=ledger.left_precision,
+            offending_leaves=ledger.offending_leaves,
+            checkpoint=ledger.checkpoint,
             start_cost=start_cost,
             end_cost=end_cost,
             runs=self._runs(on_sample, state.params, state.status),
@@ -147,27 +156,14 @@ class _Fit:
 
     def _fit_few(self, on_sample: SampleObjective) -> _Found:
         """The optima of the sample, and from the best a trust region with normal equations."""
-        tolerances = self._tolerances(self._data_square)
-        warmup = self._timed("warmup", lambda: self._warm_up(on_sample, tolerances))
-        full = FullObjective(
-            problem=self._problem,
-            evaluator=self._evaluator,
-            sample=on_sample,
-            precision=self._config.precision,
-            names_leaves=self._config.validate_numerics,
-        )
+        self._ledger.enter_warmup(self._timed("warmup", lambda: self._warm_up(on_sample)))
+        full = self._open_objective(on_sample)
         start = time.perf_counter()
-        state, gate = self._gate(full, warmup, on_sample.sample.center)
-        state, lowered = self._descend(full, state)
+        state = self._descend(full, self._pass_gate(full, self._begin(full)))
         self._seconds["passes"] = time.perf_counter() - start
-        return _Found(
-            full=full,
-            state=state,
-            gate=gate,
-            warmup=warmup,
-            scores=self._timed("scores", lambda: self._scores(full, state)),
-            left_precision=lowered,
-        )
+        scores = self._timed("scores", lambda: self._scores(full, state))
+        self._ledger.enter_end(full, state, scores)
+        return _Found(full=full, state=state, scores=scores)
 
     def _fit_many(self, on_sample: SampleObjective) -> _Found:
         """The sample's optimum near `p0`, and from there truncated Newton: no k x k matrix."""
@@ -179,6 +175,7 @@ class _Fit:
             evaluator=self._evaluator,
             sample=on_sample,
             precision=self._config.precision,
+            names_leaves=self._config.validate_numerics,
             products_of_sample=sample,
             regularization=self._config.regularization_factor,
         )
@@ -187,40 +184,44 @@ class _Fit:
         start = time.perf_counter()
         slope = full(params, center=on_sample.sample.center)
         self._check_rows(full)
-        state = self._after_pass(full, self._solver(full).init(slope))
-        state, lowered = self._descend(full, state)
+        state = self._descend(full, self._after_pass(full, self._solver(full).init(slope)))
         self._seconds["passes"] = time.perf_counter() - start
-        return _Found(
-            full=full,
-            state=state,
-            gate=Gate(optima=[], switched=False),
-            sample_fit=fit,
-            left_precision=lowered,
-        )
+        return _Found(full=full, state=state, sample_fit=fit)
 
     def _with_scale(self, on_sample: SampleObjective) -> SampleObjective:
         """The scale of the loss, as given or from the sample; frozen from here on."""
         if self._problem.f_scale is not None:
+            self._ledger.f_scale = self._problem.f_scale
             return on_sample
-        tolerances = self._tolerances(self._data_square)
-
-        def fit(objective: SampleObjective) -> Vector | None:
-            if self._problem.plan.is_matrix_free:
-                found = fit_sample(SampleProducts(objective), self._config, tolerances)
-                return None if found is None else found.params
-            warmup = warm_up(objective, self._config, tolerances)
-            return None if warmup is None else warmup.optima[0].params
-
-        scale = estimate_f_scale(on_sample, fit)
+        if self._ledger.is_resumed:
+            scale = self._ledger.f_scale
+        else:
+            scale = estimate_f_scale(on_sample, self._optimum_of)
+        self._ledger.f_scale = scale
         self._problem = replace(self._problem, f_scale=scale)
         return on_sample.with_f_scale(scale)
 
-    def _scores(self, full: FullObjective, state: State) -> ScoreSums | None:
+    def _optimum_of(self, objective: SampleObjective) -> Vector | None:
+        """The sample's best optimum; None where the model is not finite at any start."""
+        tolerances = self._tolerances(self._data_square)
+        if self._problem.plan.is_matrix_free:
+            found = fit_sample(SampleProducts(objective), self._config, tolerances)
+            return None if found is None else found.params
+        warmup = warm_up(objective, self._config, tolerances)
+        return None if warmup is None else warmup.optima[0].params
+
+    def _scores(self, full: FullObjective, state: State) -> ScoresPass | None:
         """The extra pass of a sandwich covariance, at the parameters that are returned."""
         is_usable = state.status is not Status.NOT_FINITE
         if self._problem.covariance == "classical" or not is_usable:
             return None
-        return full.scores(state.params, state.whitening)
+        before = self._ledger.standing
+        if before is not None and before.scores is not None:
+            full.accounts.append(before.scores.account)
+            return before.scores
+        sums = full.scores(state.params, state.whitening)
+        assert sums.scores is not None
+        return ScoresPass(sums=sums.scores, gram=sums.equations.gram, account=full.accounts[-1])
 
     def _runs(
         self, on_sample: SampleObjective, params: Vector, status: Status
@@ -285,13 +286,18 @@ class _Fit:
 
     # -- sample
 
-    def _warm_up(self, on_sample: SampleObjective, tolerances: Tolerances) -> Warmup | None:
+    def _warm_up(self, on_sample: SampleObjective) -> Warmup | None:
+        ledger = self._ledger
+        if ledger.is_warm:
+            return ledger.warmup
         is_watched = self._callback is not None or self._config.verbose > 1
         warmup = warm_up(
             on_sample,
             self._config,
-            tolerances,
+            self._tolerances(self._data_square),
             on_iteration=self._tell if is_watched else None,
+            on_state=ledger.save_warmup if self._journal.path is not None else None,
+            resume=ledger.warmup_state,
         )
         self._was_stopped = warmup is not None and warmup.was_stopped
         return warmup
@@ -321,66 +327,86 @@ class _Fit:
 
     # -- passes over all data
 
-    def _gate(
-        self, full: FullObjective, warmup: Warmup | None, center: float
-    ) -> tuple[State, Gate]:
-        """The first pass: linearised at the sample's best optimum, the others by cost alone."""
+    def _open_objective(self, on_sample: SampleObjective) -> FullObjective:
+        """The cost on all rows, with what an earlier process found out about it."""
+        full = FullObjective(
+            problem=self._problem,
+            evaluator=self._evaluator,
+            sample=on_sample,
+            precision=self._config.precision,
+            names_leaves=self._config.validate_numerics,
+        )
+        return self._ledger.open_objective(full)
+
+    def _begin(self, full: FullObjective) -> State:
+        """Where an earlier process stood, or the first pass.
+
+        That is linearised at the sample's best optimum; the others compete by cost alone.
+        """
         space, solver = self._problem.space, self._solver(full)
+        standing, warmup = self._ledger.standing, self._ledger.warmup
+        if standing is not None:
+            resumed: State = solver.resume(standing.state)
+            return self._within_limits(full, resumed)
+        center = full.sample.sample.center
         if warmup is None:
             params = space.p0[space.is_free]
-            state = solver.init(full(params, np.eye(space.num_free), center=center))
-            self._check_rows(full)
-            return self._after_pass(full, state), Gate(optima=[], switched=False)
-        best, *rivals = warmup.optima
-        evaluation = full(best.params, warmup.whitening, [r.params for r in rivals], center)
+            evaluation = full(params, np.eye(space.num_free), center=center)
+        else:
+            best, *rivals = warmup.optima
+            rival_params = [rival.params for rival in rivals]
+            evaluation = full(best.params, warmup.whitening, rival_params, center)
         self._check_rows(full)
-        state = solver.init(evaluation)
-        costs = [float(evaluation.normal.cost), *full.rival_costs]
-        optima = [
-            {
-                "params": space.expand(optimum.params),
-                "sample_cost": optimum.cost,
-                "cost": cost,
-            }
-            for optimum, cost in zip(warmup.optima, costs, strict=True)
-        ]
-        state = self._after_pass(full, state)
+        state: State = solver.init(evaluation)
+        return self._after_pass(full, state)
+
+    def _pass_gate(self, full: FullObjective, state: State) -> State:
+        """Go on from another optimum of the sample, where the first pass says that it is better."""
+        ledger = self._ledger
+        warmup, solver = ledger.warmup, self._solver(full)
+        if ledger.has_gate or warmup is None:
+            return state
+        normal = state.evaluation.normal
+        costs = (float(normal.cost), *full.rival_costs)
         comparable = np.where(np.isfinite(costs), costs, np.inf)
-        comparable[0] -= equal_cost(costs[0], int(evaluation.normal.num_rows), solver.tolerances)
+        comparable[0] -= equal_cost(costs[0], int(normal.num_rows), solver.tolerances)
         winner = int(np.argmin(comparable))
         may_switch = state.status in (Status.RUNNING, Status.NOT_FINITE) or state.status.is_success
-        if winner == 0 or not may_switch or not np.isfinite(comparable[winner]):
-            return state, Gate(optima=optima, switched=False)
+        switched = winner != 0 and may_switch and bool(np.isfinite(comparable[winner]))
+        ledger.enter_gate(Gate(costs=costs, switched=switched))
+        if not switched:
+            return state
         chosen = warmup.optima[winner]
         state = solver.init(full(chosen.params, next_whitening(chosen.factor)))
-        return self._after_pass(full, state), Gate(optima=optima, switched=True)
+        return self._after_pass(full, state)
 
-    def _descend(self, full: Any, state: _AnyState) -> tuple[_AnyState, str]:
-        """The passes to the minimum; in float64 in the end, where fewer digits do not do.
+    def _descend(self, full: Any, state: _AnyState) -> _AnyState:
+        """The passes to the minimum; in float64 in the end, where fewer digits do not do."""
 
-        Returns also why a lower precision was left, if it was.
-        """
+        def settle(state: _AnyState) -> _AnyState:
+            is_running = state.status is Status.RUNNING and state.num_trials > 0
+            if is_running and lacks_digits(full.precision, state):
+                return replace(state, status=Status.STALLED)
+            return state
 
         def after(state: _AnyState) -> _AnyState:
-            after_pass = self._after_pass(full, state)
-            is_running = after_pass.status is Status.RUNNING
-            if is_running and lacks_digits(full.precision, after_pass):
-                return replace(after_pass, status=Status.STALLED)
-            return after_pass
+            return settle(self._after_pass(full, state))
 
-        state = minimize(full, self._solver(full), state, after)
+        state = minimize(full, self._solver(full), settle(state), after)
         reason = lacks_digits(full.precision, state)
         if not reason:
-            return state, ""
+            return state
         _LOGGER.info("Moving to float64: %s.", reason)
-        full.precision = "float64"
+        self._ledger.left_precision, full.precision = reason, "float64"
         solver = self._solver(full)
         start = self._after_pass(full, solver.init(full(*state.here)))
-        return minimize(full, solver, start, after), reason
+        end: _AnyState = minimize(full, solver, start, after)
+        return end
 
     def _check_rows(self, full: Passes) -> None:
         """What only a full pass can see in the data."""
-        first = full.passes[0]
+        first = full.last
+        assert first is not None
         rows, chunks = first.sums.rows, list(first.offending_leaves)
         if int(rows.num_bad_sigma):
             raise DataError(
@@ -398,18 +424,21 @@ class _Fit:
 
     def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""
-        record = self._record(full, state)
-        self._history.append(record)
+        record = self._ledger.enter_pass(full, state)
         try:
             self._tell(record)
         except StopIteration:
             self._was_stopped = True
+        return self._within_limits(full, state)
+
+    def _within_limits(self, full: Passes, state: _AnyState) -> _AnyState:
+        """Whether the callback, passes and time allow another pass."""
         if state.status is not Status.RUNNING:
             return state
         if self._was_stopped:
             return replace(state, status=Status.STOPPED_BY_CALLBACK)
         config = self._config
-        if config.max_passes is not None and len(full.passes) >= config.max_passes:
+        if config.max_passes is not None and full.num_passes >= config.max_passes:
             return replace(state, status=Status.MAX_PASSES)
         elapsed = time.perf_counter() - self._started
         if config.max_seconds is not None and elapsed >= config.max_seconds:
@@ -424,34 +453,6 @@ class _Fit:
             _LOGGER.info("%s", record)
         if self._callback is not None:
             self._callback(record)
-
-    def _record(self, full: Passes, state: State | NewtonState) -> IterationRecord:
-        last = full.passes[-1]
-        rows = int(last.sums.normal.num_rows)
-        cost = float(last.sums.normal.cost)
-        before = self._history[-1].cost if self._history else np.nan
-        is_product = isinstance(last.sums.normal, CurvatureProducts)
-        return IterationRecord(
-            phase=2,
-            iteration=len(full.passes),
-            num_passes=len(full.passes),
-            params=self._problem.space.expand(state.params),
-            cost=state.cost,
-            loss=2 * state.cost / rows if rows else np.nan,
-            trial_cost=cost,
-            relative_change=(cost - before) / before if before else np.nan,
-            accepted=state.was_accepted and not is_product,
-            gain=np.nan if is_product else state.gain,
-            distance=float(state.remaining_distance),
-            damping=state.step.damping,
-            radius=state.radius,
-            optimality=state.optimality,
-            num_active=int(state.active.sum()),
-            num_rows=rows,
-            bytes_read=last.bytes_read,
-            seconds=last.seconds,
-            is_product=is_product,
-        )
 
 
 def lacks_digits(precision: Precision, state: State | NewtonState) -> str:

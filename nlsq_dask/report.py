@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nlsq_dask._typing import Float
+from nlsq_dask._typing import Array, Float
 from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.covariance import (
@@ -21,7 +21,7 @@ from nlsq_dask.covariance import (
     small_sample_factor,
 )
 from nlsq_dask.diagnostics import check_fit, describe_bins
-from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.evaluate.base import Account, Evaluator
 from nlsq_dask.matrix_free import SampleFit
 from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.objective import Passes
@@ -36,15 +36,24 @@ from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
 from nlsq_dask.warmup import Warmup
 
-__all__ = ["Course", "Gate", "build_result"]
+__all__ = ["Course", "Gate", "ScoresPass", "build_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """What the first pass over all data decided between."""
 
-    optima: list[dict[str, Any]]
+    costs: tuple[float, ...]  # of the warmup's optima, on all rows
     switched: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoresPass:
+    """The parts of a sandwich covariance, from one pass at the parameters found."""
+
+    sums: ScoreSums
+    gram: Float[Array, "k k"]
+    account: Account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +71,10 @@ class Course:
     memory: Mapping[str, Any]
     history: tuple[IterationRecord, ...]
     seconds: Mapping[str, float]
-    scores: ScoreSums | None  # of a sandwich covariance
+    scores: ScoresPass | None  # of a sandwich covariance
     left_precision: str  # why a lower precision was left, if it was
+    offending_leaves: tuple[int, ...]  # of the last pass
+    checkpoint: Mapping[str, str | None]
     start_cost: float  # at `p0`, on the sample
     end_cost: float  # at the parameters found, on the sample
     runs: Float[np.ndarray, "runs 4"]  # of the sample's residuals, where it is all rows
@@ -71,7 +82,7 @@ class Course:
     @property
     def bytes_read(self) -> int:
         for_sample = 0 if self.evaluator.keeps_rows else self.sample.bytes_read
-        return for_sample + sum(done.bytes_read for done in self.full.passes)
+        return for_sample + sum(done.bytes_read for done in self.full.accounts)
 
 
 def build_result(course: Course, state: State | NewtonState, session: Session) -> FitResult:
@@ -79,7 +90,7 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
     covariance, warned = _covariance(course, state, num_rows)
-    summary = course.full.passes[0].sums.summary
+    summary = course.full.summary
     active = np.zeros(space.size, bool)
     active[space.is_free] = state.active
     checks, worries = _checks(course, state, covariance)
@@ -98,7 +109,7 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
         num_rows=num_rows,
         num_masked=problem.source.num_rows - num_rows,
         total_sum_of_squares=0.0 if summary is None else summary.total_sum_of_squares,
-        num_passes=len(course.full.passes),
+        num_passes=course.full.num_passes,
         bytes_read=course.bytes_read,
         optimality=state.optimality,
         distance=float(state.remaining_distance),
@@ -134,14 +145,13 @@ def _covariance(
         variance = np.inf
     robust, texts = None, []
     if course.scores is not None:
-        last = course.full.passes[-1].sums.equations
         rows = problem.penalties.rows(num_rows)
         penalty = penalty_gram(problem, rows, state.params, state.whitening)
         robust, is_clamped = sandwich(
-            course.scores,
+            course.scores.sums,
             state.whitening,
             penalty,
-            np.asarray(last.gram) + penalty,
+            np.asarray(course.scores.gram) + penalty,
             small_sample_factor(problem.covariance, num_rows, space.num_free, problem.num_clusters),
         )
         if is_clamped:
@@ -190,7 +200,7 @@ def _diagnostics(
         "warmup": _describe_warmup(course),
         "defense": course.warmup.defense.describe() if course.warmup is not None else {},
         "multistart": _describe_tournament(course),
-        "optima": course.gate.optima,
+        "optima": _describe_optima(course),
         "switched_at_gate": course.gate.switched,
         "rank_tolerance": covariance.rank_tolerance,
         "chunks": describe_bins(course.full.bins_at(state.params), problem.source.num_chunks),
@@ -200,7 +210,8 @@ def _diagnostics(
             "reason": course.left_precision,
         },
         "seconds": dict(course.seconds),
-        "passes": _describe_passes(course.full),
+        "checkpoint": dict(course.checkpoint),
+        "passes": _describe_passes(course),
         "config": course.config.as_dict(),
         "versions": {
             "nlsq_dask": __version__,
@@ -212,7 +223,7 @@ def _diagnostics(
 def _details(course: Course, state: State | NewtonState) -> str:
     """The numbers to the status."""
     if state.status is Status.NOT_FINITE:
-        leaves = list(course.full.passes[-1].offending_leaves)
+        leaves = list(course.offending_leaves)
         return f"Not finite in chunks {leaves}." if leaves else ""
     return (
         f"Distance to the minimum: {state.remaining_distance:.1e} standard errors "
@@ -314,19 +325,27 @@ def _describe_tournament(course: Course) -> dict[str, Any]:
     }
 
 
-def _describe_passes(full: Passes) -> dict[str, Any]:
-    reports = [report for done in full.passes for report in done.reports]
-    compilations: dict[str, int] = {}
-    peak: dict[str, int] = {}
-    for report in reports:
-        name = report.process
-        compilations[name] = compilations.get(name, 0) + report.num_compilations
-        peak[name] = max(peak.get(name, 0), report.peak_memory_bytes)
+def _describe_optima(course: Course) -> list[dict[str, Any]]:
+    """What competed in the first pass."""
+    if course.warmup is None:
+        return []
+    return [
+        {
+            "params": course.problem.space.expand(optimum.params),
+            "sample_cost": optimum.cost,
+            "cost": cost,
+        }
+        for optimum, cost in zip(course.warmup.optima, course.gate.costs, strict=True)
+    ]
+
+
+def _describe_passes(course: Course) -> dict[str, Any]:
+    accounts = course.full.accounts
     return {
-        "seconds": [done.seconds for done in full.passes],
-        "bytes_read": [done.bytes_read for done in full.passes],
-        "tasks": [len(done.reports) for done in full.passes],
-        "compilations_by_process": compilations,
-        "peak_memory_bytes_by_process": peak,
-        "read_seconds": math.fsum(report.read_seconds for report in reports),
+        "seconds": [account.seconds for account in accounts],
+        "bytes_read": [account.bytes_read for account in accounts],
+        "tasks": [account.num_tasks for account in accounts],
+        "compilations_by_process": dict(course.full.compilations),
+        "peak_memory_bytes_by_process": dict(course.full.peak_bytes),
+        "read_seconds": math.fsum(account.read_seconds for account in accounts),
     }

@@ -15,7 +15,7 @@ from nlsq_dask.normal_equations import Sums
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["Evaluator", "Pass", "RangeReport", "Request", "fold_reports"]
+__all__ = ["Account", "Evaluator", "Pass", "RangeReport", "Request", "fold_reports"]
 
 _Value = TypeVar("_Value")
 
@@ -61,6 +61,16 @@ class RangeReport:
     offending_leaves: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What a pass took, kept when its sums are gone."""
+
+    seconds: float
+    bytes_read: int
+    num_tasks: int
+    read_seconds: float  # in the reading threads
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pass:
     """The sums over all rows, and how they came about."""
@@ -70,6 +80,15 @@ class Pass:
     bytes_read: int
     seconds: float
     reports: tuple[RangeReport, ...] = field(default=(), repr=False)
+
+    @property
+    def account(self) -> Account:
+        return Account(
+            seconds=self.seconds,
+            bytes_read=self.bytes_read,
+            num_tasks=len(self.reports),
+            read_seconds=sum(report.read_seconds for report in self.reports),
+        )
 
     @property
     def offending_leaves(self) -> tuple[int, ...]:

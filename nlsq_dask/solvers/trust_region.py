@@ -172,6 +172,12 @@ class TrustRegion:
         candidate = self._accept(tried, evaluation) if is_finite else None
         return self._next_trial(judge(self.tolerances, tried, candidate))
 
+    def resume(self, state: State) -> State:
+        """A state of an earlier solve; where that had used up its iterations, perhaps not yet."""
+        if state.status is not Status.MAX_ITERATIONS:
+            return state
+        return self._next_trial(replace(state, status=Status.RUNNING))
+
     def _accept(self, state: State, evaluation: Evaluation) -> State:
         model = build_quadratic(evaluation.normal, evaluation.whitening, evaluation.curvature)
         scale = np.maximum(state.scale, model.column_norms)

@@ -1,0 +1,198 @@
+"""Where a fit writes its checkpoints, and what it is resumed from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from nlsq_dask._version import __version__
+from nlsq_dask.checkpoint import (
+    Sections,
+    local_path,
+    read_checkpoint,
+    require_writable,
+    write_checkpoint,
+)
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import CheckpointError
+from nlsq_dask.flat import Leaf
+from nlsq_dask.identity import identify, require_same, require_same_sample, sample_digest
+from nlsq_dask.problem import Problem
+from nlsq_dask.sample import Sample
+from nlsq_dask.snapshot import Snapshot, from_sections, to_sections
+
+__all__ = ["Journal", "open_journal"]
+
+_LOGGER = logging.getLogger("nlsq_dask")
+
+
+class Journal:
+    """The checkpoints of one fit. Without a path, nothing is written."""
+
+    def __init__(
+        self,
+        *,
+        path: Path | None,
+        resumed_from: Path | None,
+        resumed: Snapshot | None,
+        identity: Mapping[str, Leaf],
+        saved_identity: Mapping[str, Leaf],
+    ) -> None:
+        self.path = path
+        self.resumed_from = resumed_from
+        self.resumed = resumed
+        self._identity = dict(identity)
+        self._saved_identity = saved_identity
+
+    @property
+    def is_used(self) -> bool:
+        return self.path is not None or self.resumed_from is not None
+
+    def meet_sample(self, sample: Sample) -> None:
+        """Hold the rows drawn to those of the checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            If they differ.
+        """
+        if not self.is_used:
+            return
+        digest = sample_digest(sample)
+        self._identity["data.sample"] = digest
+        if self.resumed_from is not None:
+            with _of_another_fit(self.resumed_from):
+                require_same_sample(self._saved_identity, digest)
+
+    def save(self, snapshot: Snapshot, about: Mapping[str, str]) -> None:
+        """Replace the checkpoint, if one is kept.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        if self.path is None:
+            return
+        sections: Sections = {"identity": self._identity, "about": {**_versions(), **about}}
+        write_checkpoint(self.path, sections | to_sections(snapshot))
+        _LOGGER.debug("Wrote the checkpoint %s.", self.path)
+
+    def describe(self) -> dict[str, str | None]:
+        """For the result: what is written, and what was read."""
+        paths = {"path": self.path, "resumed_from": self.resumed_from}
+        return {name: None if path is None else str(path) for name, path in paths.items()}
+
+
+def open_journal(
+    problem: Problem,
+    config: HybridStreamingConfig,
+    nan_policy: str,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Journal:
+    """See that checkpoints can be written, and read the one to resume; before any work.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no place to write, or the one to resume is unusable or of another fit.
+    """
+    resume_from = config.resume_from_checkpoint
+    resumed_from = (
+        None if resume_from is None else local_path("resume_from_checkpoint", resume_from)
+    )
+    path = _place(problem, config, checkpoint, resumed_from)
+    if path is None and resumed_from is None:
+        return Journal(path=None, resumed_from=None, resumed=None, identity={}, saved_identity={})
+    if problem.plan.is_matrix_free:
+        raise CheckpointError(
+            "Checkpoints must be left out for fits by conjugate gradients, from "
+            f"`cg_param_threshold` = {config.cg_param_threshold:,} free parameters on, got "
+            f"{problem.space.num_free:,}"
+        )
+    identity = identify(problem, config, nan_policy)
+    saved: Sections = {}
+    resumed = None
+    if resumed_from is not None:
+        saved = read_checkpoint(resumed_from)
+        with _of_another_fit(resumed_from):
+            require_same(saved.get("identity", {}), identity, problem.space.labels)
+        with _unusable(resumed_from):
+            resumed = from_sections(saved, problem, config)
+    if path is not None:
+        require_writable("checkpoint" if checkpoint is not None else "checkpoint_dir", path)
+    return Journal(
+        path=path,
+        resumed_from=resumed_from,
+        resumed=resumed,
+        identity=identity,
+        saved_identity=saved.get("identity", {}),
+    )
+
+
+def _place(
+    problem: Problem,
+    config: HybridStreamingConfig,
+    checkpoint: str | os.PathLike[str] | None,
+    resumed_from: Path | None,
+) -> Path | None:
+    if checkpoint is not None:
+        if not config.enable_checkpoints:
+            raise CheckpointError(
+                "`checkpoint` must be left out where the configuration has "
+                f"`enable_checkpoints=False`, got {os.fspath(checkpoint)!r}"
+            )
+        return local_path("checkpoint", checkpoint)
+    if not config.enable_checkpoints:
+        return None
+    if resumed_from is not None or config.checkpoint_dir is None:
+        return resumed_from
+    return _open_folder(config.checkpoint_dir) / _name(problem.model.name)
+
+
+def _open_folder(folder: str) -> Path:
+    path = local_path("checkpoint_dir", folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"`checkpoint_dir` must be a folder, or the name of a new one, got {folder!r}: "
+            f"{type(error).__name__}: {error.strerror}"
+        ) from error
+    return path
+
+
+def _name(model: str) -> str:
+    """A file for each fit: by the model's name and the time."""
+    started = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    return f"{re.sub(r'[^A-Za-z0-9_]+', '', model) or 'model'}-{started}.h5"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "nlsq_dask": __version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(),
+    }
+
+
+@contextmanager
+def _of_another_fit(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"The checkpoint {str(path)!r} is of another fit: {error}") from None
+
+
+@contextmanager
+def _unusable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"The checkpoint {str(path)!r} cannot be used: {error}") from None

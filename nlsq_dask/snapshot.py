@@ -1,0 +1,204 @@
+"""Where a fit stands between two passes, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from nlsq_dask._typing import Float
+from nlsq_dask.checkpoint import Sections
+from nlsq_dask.config import HybridStreamingConfig, Precision
+from nlsq_dask.defense import DefenseLayerTelemetry
+from nlsq_dask.descents import Progress, defense_record
+from nlsq_dask.errors import CheckpointError
+from nlsq_dask.evaluate.base import Account
+from nlsq_dask.flat import Leaf, flatten, unflatten
+from nlsq_dask.normal_equations import RowSummary
+from nlsq_dask.normalization import ParameterNormalizer
+from nlsq_dask.problem import Problem
+from nlsq_dask.report import Gate, ScoresPass
+from nlsq_dask.solvers.trust_region import State
+from nlsq_dask.telemetry import IterationRecord
+from nlsq_dask.warmup import Optimum, Warmup
+from nlsq_dask.warmup_state import WarmupState
+
+__all__ = ["Snapshot", "Standing", "from_sections", "to_sections"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Standing:
+    """Phase 2 after a pass, before any limit of the caller's is looked at."""
+
+    state: State
+    gate: Gate | None  # None until the first pass has been judged
+    rival_costs: tuple[float, ...]  # in the first pass
+    precision: Precision
+    left_precision: str  # why a lower one was left, if it was
+    history: tuple[IterationRecord, ...]
+    accounts: tuple[Account, ...]
+    offending_leaves: tuple[int, ...]  # of the last pass
+    summary: RowSummary
+    bins: Float[np.ndarray, "bins four"]  # at the best point
+    scores: ScoresPass | None = None  # at the end, for a sandwich covariance
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """All that has been found out so far. The sample is drawn again, from its seed."""
+
+    f_scale: float
+    warmup_state: WarmupState | None = None  # while phase 1 is under way
+    is_warm: bool = False
+    warmup: Warmup | None = None  # None also where the model was finite at no start
+    standing: Standing | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scale:
+    f_scale: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Outcome:
+    """Of a warmup: what `Descent` and `Tournament` do not hold."""
+
+    f_scale: float
+    optima: tuple[Optimum, ...]
+    whitening: Float[np.ndarray, "k k"] | None  # None where there is no optimum
+    halves_agree: bool
+    num_starts: int
+    num_evaluations: int
+    normalizer: ParameterNormalizer | None
+    was_stopped: bool
+
+
+# -- out
+
+
+def to_sections(snapshot: Snapshot) -> Sections:
+    """The snapshot's sections of a checkpoint."""
+    if snapshot.warmup_state is not None:
+        arrays: dict[str, Leaf] = dict(snapshot.warmup_state.to_arrays())
+        under_way = flatten(_Scale(f_scale=snapshot.f_scale)) | _dotted(arrays)
+        return {"warmup_state": under_way}
+    sections: Sections = {"warmup": _warmup_leaves(snapshot)}
+    if snapshot.standing is not None:
+        sections["passes"] = flatten(snapshot.standing)
+    return sections
+
+
+def _dotted(arrays: dict[str, Leaf]) -> dict[str, Leaf]:
+    """A path is no name for a dataset: it would make groups."""
+    return {name.replace("/", "."): leaf for name, leaf in arrays.items()}
+
+
+def _warmup_leaves(snapshot: Snapshot) -> dict[str, Leaf]:
+    warmup = snapshot.warmup
+    if warmup is None:
+        return flatten(_outcome(snapshot.f_scale))
+    known: dict[str, Any] = {
+        field.name: vars(warmup).get(field.name, snapshot.f_scale) for field in fields(_Outcome)
+    }
+    history = WarmupState(
+        starts=np.empty((0, len(warmup.whitening))),
+        start_costs=np.empty(0),
+        progress=Progress(finished=warmup.descents),
+        tournament=warmup.tournament,
+    )
+    return flatten(_Outcome(**known)) | _dotted(dict(history.to_arrays()))
+
+
+def _outcome(f_scale: float) -> _Outcome:
+    """Of a warmup without a finite start."""
+    return _Outcome(
+        f_scale=f_scale,
+        optima=(),
+        whitening=None,
+        halves_agree=False,
+        num_starts=0,
+        num_evaluations=0,
+        normalizer=None,
+        was_stopped=False,
+    )
+
+
+# -- in
+
+
+def from_sections(
+    sections: Sections, problem: Problem, config: HybridStreamingConfig
+) -> Snapshot | None:
+    """The snapshot in a checkpoint's sections; None where it holds none yet.
+
+    Raises
+    ------
+    CheckpointError
+        If a part is missing or not as this problem has it.
+    """
+    lengths = {
+        "k": problem.space.num_free,
+        "n": problem.space.size,
+        "clusters": problem.num_clusters,
+        "four": 4,
+    }
+    if "warmup_state" in sections:
+        leaves = sections["warmup_state"]
+        return Snapshot(
+            f_scale=unflatten(_Scale, leaves, lengths).f_scale,
+            warmup_state=_read_warmup_state(leaves, lengths["k"]),
+        )
+    if "warmup" not in sections:
+        return None
+    outcome = unflatten(_Outcome, sections["warmup"], lengths)
+    standing = None
+    if "passes" in sections:
+        standing = unflatten(Standing, sections["passes"], lengths)
+        _check(standing, outcome)
+    return Snapshot(
+        f_scale=outcome.f_scale,
+        is_warm=True,
+        warmup=_read_warmup(outcome, sections["warmup"], lengths["k"], config),
+        standing=standing,
+    )
+
+
+def _check(standing: Standing, outcome: _Outcome) -> None:
+    """What the parts have to do with each other."""
+    if not standing.history or len(standing.history) != len(standing.accounts):
+        raise CheckpointError("its passes and their history do not match")
+    if len(standing.rival_costs) != max(len(outcome.optima) - 1, 0):
+        raise CheckpointError("its optima and their costs do not match")
+
+
+def _read_warmup_state(leaves: dict[str, Leaf], k: int) -> WarmupState:
+    arrays = {name.replace(".", "/"): leaf for name, leaf in leaves.items()}
+    try:
+        state = WarmupState.from_arrays(arrays)
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"its warmup is malformed: {error}") from error
+    points = [state.starts, *(part for d in state.progress.finished for part in (d.start, d.end))]
+    if state.progress.carry is not None:
+        points.append(state.progress.carry.point)
+    if any(point.shape[-1:] != (k,) or point.dtype != np.float64 for point in points):
+        raise CheckpointError(f"its warmup is not of {k} free parameters")
+    return state
+
+
+def _read_warmup(
+    outcome: _Outcome, leaves: dict[str, Leaf], k: int, config: HybridStreamingConfig
+) -> Warmup | None:
+    if outcome.whitening is None or outcome.normalizer is None or not outcome.optima:
+        return None
+    state = _read_warmup_state(leaves, k)
+    known: dict[str, Any] = {
+        name: value for name, value in vars(outcome).items() if name != "f_scale"
+    }
+    finished = state.progress.finished
+    return Warmup(
+        **known,
+        descents=finished,
+        defense=DefenseLayerTelemetry([defense_record(config, done) for done in finished]),
+        tournament=state.tournament,
+    )
