@@ -14,7 +14,7 @@ diagonal, and within the same bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Request
-from nlsq_dask.normal_equations import CostGradient
+from nlsq_dask.normal_equations import CostGradient, Sums
 from nlsq_dask.objective import Passes, SampleObjective
 from nlsq_dask.penalised import penalised_slope, penalty_products
 from nlsq_dask.penalties import PenaltyRows
@@ -38,6 +38,8 @@ __all__ = ["FullProducts", "SampleFit", "SampleProducts", "fit_sample"]
 
 _INNER_PRODUCTS = 500  # on the sample, in one solve with M
 _INNER_TOLERANCE = 1e-3  # of its residual: a pass costs more than a digit
+_NUM_PROBES = 4  # random vectors that calibrate the preconditioner
+_MAX_RATIO = 3.0  # of a parameter's diagonal over all rows to the sample's
 _SAMPLE_PRODUCTS = 2000  # in each trial on the sample
 _SAMPLE_TOLERANCE = 1e-2
 _SAMPLE_TRIALS = 200
@@ -102,35 +104,61 @@ class _SampleHessian:
 
     @cached_property
     def data_diagonal(self) -> Float[np.ndarray, " k"]:
-        """Of the rows' part, nearly; a row's share where the sample sees nothing."""
+        """Of the rows' part, nearly.
+
+        What the sample does not see gets what one row of it may weigh.
+        """
         diagonal = self._sample_diagonal
         seen = diagonal[diagonal > 0]
         share = min(1.0, len(diagonal) / max(self.sample.num_rows, 1))
         unseen = share * float(np.median(seen)) if seen.size else 1.0
-        return np.where(diagonal > 0, diagonal, unseen)
+        return np.asarray(np.where(diagonal > 0, diagonal, unseen))
 
     @property
     def is_seen(self) -> Bool[np.ndarray, " k"]:
-        return np.asarray((self._sample_diagonal > 0) | (self._penalty_diagonal > 0))
+        return np.asarray((self._sample_diagonal > 0) | (self.penalty_diagonal > 0))
 
     @property
-    def _penalty_diagonal(self) -> Float[np.ndarray, " k"]:
+    def penalty_diagonal(self) -> Float[np.ndarray, " k"]:
         """Without what ties add to it."""
         space = self.sample.space
         return np.asarray(self.penalty.diagonal(space.size)[space.is_free])
 
     @cached_property
     def scale(self) -> Float[np.ndarray, " k"]:
-        return np.asarray(np.sqrt(self.data_diagonal + self._penalty_diagonal))
+        return np.asarray(np.sqrt(self.data_diagonal + self.penalty_diagonal))
 
-    def products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
-        """Of the rows' part, and of the penalties'."""
-        data = self.rows * self.sample.products(self.params, vectors)
+    def data_products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+        """Of the rows' part."""
+        return np.asarray(self.rows * self.sample.products(self.params, vectors))
+
+    def penalty_products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
         problem = self.sample.objective.problem
-        return np.asarray(data + penalty_products(problem, self.penalty, self.params, vectors))
+        return penalty_products(problem, self.penalty, self.params, vectors)
 
     def __call__(self, residual: Vector, low: Vector, high: Vector) -> Vector:
         return np.asarray(np.clip(residual / self.scale**2, low, high))
+
+
+@dataclass(kw_only=True, eq=False)
+class _Calibration:
+    """How much larger the diagonal over all rows is than the sample's: 1 until it is known."""
+
+    ratio: Float[np.ndarray, " k"] | None = None
+
+    def learn(
+        self, directions: Float[np.ndarray, "v k"], differences: Float[np.ndarray, "v k"]
+    ) -> None:
+        """From products of ``H - H_s`` with random signs, in units of its diagonal.
+
+        What they say differs from the diagonal by what is beside it. As much as the products
+        disagree on is left out, by James and Stein's factor.
+        """
+        each = directions * differences
+        mean, noise = each.mean(axis=0), each.var(axis=0, ddof=1).sum() / len(each)
+        signal = float(mean @ mean)
+        kept = max(0.0, 1 - noise / signal) if signal > 0 else 0.0
+        self.ratio = np.clip(1 + kept * mean, 1 / _MAX_RATIO, _MAX_RATIO)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,6 +168,7 @@ class _ShrunkHessian:
     hessian: _SampleHessian
     shrinkage: float  # α
     regularization: float  # ε
+    calibration: _Calibration
 
     @property
     def scale(self) -> Float[np.ndarray, " k"]:
@@ -149,21 +178,25 @@ class _ShrunkHessian:
     def is_seen(self) -> Bool[np.ndarray, " k"]:
         return self.hessian.is_seen
 
-    def products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
-        hessian = self.hessian
-        kept = 1 - self.shrinkage
-        added = (self.shrinkage + self.regularization) * hessian.data_diagonal * vectors
-        problem = hessian.sample.objective.problem
-        rows = kept * hessian.rows * hessian.sample.products(hessian.params, vectors)
-        penalty = penalty_products(problem, hessian.penalty, hessian.params, vectors)
-        return np.asarray(rows + added + penalty)
-
     def __call__(self, residual: Vector, low: Vector, high: Vector) -> Vector:
-        start = begin(-residual, (low, high), self.scale, self.hessian)
+        hessian, ratio = self.hessian, self.calibration.ratio
+        root = np.ones(len(residual)) if ratio is None else np.sqrt(ratio)
+        data = root**2 * hessian.data_diagonal
+        ridge = (self.shrinkage + self.regularization) * data
+        whole = (1 + self.regularization) * data + hessian.penalty_diagonal
+
+        def product(vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+            rows = (1 - self.shrinkage) * root * hessian.data_products(root * vectors)
+            return np.asarray(rows + ridge * vectors + hessian.penalty_products(vectors))
+
+        def precondition(residual: Vector, low: Vector, high: Vector) -> Vector:
+            return np.asarray(np.clip(residual / whole, low, high))
+
+        start = begin(-residual, (low, high), np.sqrt(whole), precondition)
         limits = Limits(
             max_products=_INNER_PRODUCTS, tolerance=_INNER_TOLERANCE * start.first_length
         )
-        return minimize_quadratic(self.products, start, self.hessian, limits).step
+        return minimize_quadratic(product, start, precondition, limits).step
 
 
 @dataclass(frozen=True)
@@ -179,7 +212,8 @@ class _SampleEvaluate:
             sample=self.sample, params=params, rows=1.0, penalty=self.sample.penalty
         )
         if vectors is not None:
-            return Products(products=hessian.products(vectors))
+            added = hessian.penalty_products(vectors)
+            return Products(products=hessian.data_products(vectors) + added)
         problem = self.sample.objective.problem
         slope = self.sample.slope(params)
         normal, cost = penalised_slope(problem, hessian.penalty, params, slope)
@@ -241,7 +275,7 @@ class FullProducts(Passes):
 
     products_of_sample: SampleProducts
     regularization: float
-    num_products: int = 0
+    calibration: _Calibration = field(default_factory=_Calibration)
 
     def __call__(
         self,
@@ -250,6 +284,26 @@ class FullProducts(Passes):
         center: float | None = None,
     ) -> Slope | Products:
         """One pass; in the first, `y` is summarised."""
+        if vectors is not None:
+            return Products(products=self._multiply(params, vectors))
+        sums = self._pass(params, None, center)
+        penalty = self.problem.penalties.rows(float(sums.normal.num_rows))
+        normal, cost = penalised_slope(self.problem, penalty, params, sums.slope)
+        return Slope(
+            params=params,
+            normal=normal,
+            precondition=_ShrunkHessian(
+                hessian=self._sample_hessian(params, float(normal.num_rows)),
+                shrinkage=self._shrinkage(len(params)),
+                regularization=self.regularization,
+                calibration=self.calibration,
+            ),
+            penalty_cost=cost,
+        )
+
+    def _pass(
+        self, params: Vector, vectors: Float[np.ndarray, "v k"] | None, center: float | None = None
+    ) -> Sums:
         space = self.problem.space
         request = Request(
             params=space.expand(params),
@@ -258,33 +312,36 @@ class FullProducts(Passes):
             center=center,
             precision=self.precision,
         )
-        sums = self.evaluate(request).sums
-        penalty = self.problem.penalties.rows(float(sums.normal.num_rows))
-        if vectors is not None:
-            self.num_products += 1
-            products = np.asarray(sums.products.products)[:, space.is_free]
-            added = penalty_products(self.problem, penalty, params, vectors)
-            return Products(products=products + added)
-        normal, cost = penalised_slope(self.problem, penalty, params, sums.slope)
-        return Slope(
-            params=params,
-            normal=normal,
-            precondition=self._preconditioner(params, penalty, float(normal.num_rows)),
-            penalty_cost=cost,
-        )
+        return self.evaluate(request).sums
 
-    def _preconditioner(
-        self, params: Vector, penalty: PenaltyRows, num_rows: float
-    ) -> _ShrunkHessian:
-        sample, k = self.products_of_sample, len(params)
-        is_everything = self.sample.sample.is_everything
-        return _ShrunkHessian(
-            hessian=_SampleHessian(
-                sample=sample,
-                params=params,
-                rows=num_rows / max(sample.num_rows, 1),
-                penalty=penalty,
-            ),
-            shrinkage=0.0 if is_everything else k / (k + sample.num_rows),
-            regularization=self.regularization,
+    def _multiply(
+        self, params: Vector, vectors: Float[np.ndarray, "v k"]
+    ) -> Float[np.ndarray, "v k"]:
+        """Products; the first pass of them also calibrates the preconditioner."""
+        assert self.last is not None  # the cost and gradient here
+        num_rows = float(self.last.sums.normal.num_rows)
+        hessian = self._sample_hessian(params, num_rows)
+        signs = np.zeros((0, len(params)))
+        if self.calibration.ratio is None and not self.sample.sample.is_everything:
+            signs = np.random.default_rng(0).choice([-1.0, 1.0], (_NUM_PROBES, len(params)))
+        root = np.sqrt(hessian.data_diagonal) if len(signs) else 1.0
+        sums = self._pass(params, np.concatenate([vectors, signs / root]))
+        products = np.asarray(sums.products.products)[:, self.problem.space.is_free]
+        if len(signs):
+            differences = products[len(vectors) :] - hessian.data_products(signs / root)
+            self.calibration.learn(signs, differences / root)
+        return np.asarray(products[: len(vectors)] + hessian.penalty_products(vectors))
+
+    def _shrinkage(self, num_free: int) -> float:
+        if self.sample.sample.is_everything:
+            return 0.0
+        return num_free / (num_free + self.products_of_sample.num_rows)
+
+    def _sample_hessian(self, params: Vector, num_rows: float) -> _SampleHessian:
+        sample = self.products_of_sample
+        return _SampleHessian(
+            sample=sample,
+            params=params,
+            rows=num_rows / max(sample.num_rows, 1),
+            penalty=self.problem.penalties.rows(num_rows),
         )

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from nlsq_dask import Chunk
-from nlsq_dask.plan import choose_leaf_shape, plan_leaves
+from nlsq_dask.plan import choose_leaf_shape, choose_strategy, plan_leaves
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.stores import open_store
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
@@ -68,7 +68,7 @@ def test_stores_keep_to_the_contract(store, tmp_path):
         ds.to_netcdf(path, engine="h5netcdf", encoding={"y": {"chunksizes": (8, 4)}})
     roles = DatasetRoles(x=("time", "s"), y="y", sigma="s")
     source, axes = build_dataset_source(open_store(path), roles)
-    plan, source = plan_leaves(source, 2, chunk_size=16)
+    plan, source = plan_leaves(source, choose_strategy(2), chunk_size=16)
     assert all(c % leaf == 0 for c, leaf in zip((8, 4), plan.leaf_shape, strict=True))
     assert axes["time"].units.startswith("days since 1970-01-01")
     check_source(source)
