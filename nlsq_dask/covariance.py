@@ -49,12 +49,11 @@ def estimate_covariance(
     spectrum = spectrum_of(factor, scale)
     kept = spectrum.is_identified
     half = spectrum.right[kept] / spectrum.values[kept, None] / scale
+    free = half.T @ half
     if not np.isfinite(variance):
         free = np.full((k, k), np.inf)
     else:
-        # On a plateau a variance may be beyond the largest number.
-        with np.errstate(over="ignore", invalid="ignore"):
-            free = half.T @ half * variance
+        free = free * variance
         undetermined = np.any(np.abs(spectrum.right[~kept]) > _IN_NULL_SPACE, axis=0)
         free[undetermined, :] = free[:, undetermined] = np.nan
         free[undetermined, undetermined] = np.inf
