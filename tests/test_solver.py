@@ -10,6 +10,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nist
 from nlsq_dask.normal_equations import NormalEquations
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import build_quadratic, next_whitening
@@ -118,6 +119,39 @@ def test_subproblem_is_solved_exactly(seed, k, radius):
     assert np.all(gradient[at_low] >= -size)
     assert np.all(gradient[at_high] <= size)
     assert np.all(np.abs(gradient[~at_low & ~at_high]) <= size)
+
+
+@pytest.mark.parametrize("memory", [1.0, 1e8, 1e18])
+def test_a_scale_that_remembers_larger_columns_hides_no_direction(memory):
+    """From a start on a cliff the columns fall by many decades; what is left still counts."""
+    rng = np.random.default_rng(6)
+    jac, r = rng.normal(size=(9, 3)), rng.normal(size=9)
+    model = build_quadratic(make_normal(jac, r), np.eye(3))
+    scale = np.linalg.norm(jac, axis=0) * [1.0, memory, 1.0]
+    nowhere = np.full(3, -INF), np.full(3, INF)
+    newton = solve_subproblem(model, scale, INF, nowhere)
+    np.testing.assert_allclose(newton.vector, -np.linalg.lstsq(jac, r)[0], rtol=1e-10)
+    step = solve_subproblem(model, scale, 0.1 * newton.scaled_norm, nowhere)
+    np.testing.assert_allclose(step.scaled_norm, 0.1 * newton.scaled_norm, rtol=0.051)
+    gradient = jac.T @ (jac @ step.vector + r) + step.damping * scale**2 * step.vector
+    assert np.all(np.abs(gradient) <= 1e-10 * scale * np.linalg.norm(r))
+    assert step.reduction > 0
+
+
+def test_falling_columns_are_not_convergence():
+    """NIST's Nelson from a rate three times too large: the first step leaves a spike."""
+    problem = nist.load("Nelson")
+
+    def residual(p):
+        return p[0] - p[1] * problem.x[0] * np.exp(-p[2] * problem.x[1]) - problem.y
+
+    def jacobian(p):
+        spike = -problem.x[0] * np.exp(-p[2] * problem.x[1])
+        return np.stack([np.ones_like(spike), spike, -p[1] * problem.x[1] * spike], axis=-1)
+
+    state = solve(residual, jacobian, [2.8, 8.6e-10, -0.172])
+    assert state.status.is_success
+    assert nist.digits(state.params, problem.values) >= 6
 
 
 def test_only_failing_trials_is_not_convergence():

@@ -31,6 +31,7 @@ __all__ = ["TO_THE_BOUND", "Step", "solve_subproblem"]
 # models that are undefined on the bound itself stay defined.
 TO_THE_BOUND = 1 - 1e-8
 _RADIUS_TOLERANCE = 0.05
+_MAX_SECANTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,15 @@ def solve_subproblem(
     low, high = (TO_THE_BOUND * side for side in to_bounds)
     steps = _DampedSteps(model, scale, low, high)
     damping = 0.0
-    vector, active = steps.at(0.0)
-    if np.linalg.norm(scale * vector) > radius * (1 + _RADIUS_TOLERANCE):
-        damping = steps.find(radius)
+    vector, active = steps.at(damping)
+    length = steps.length(vector)
+    if length > radius * (1 + _RADIUS_TOLERANCE):
+        damping = steps.find(radius, length)
         vector, active = steps.at(damping)
     return Step(
         vector=vector,
         reduction=model.reduction(vector),
-        scaled_norm=float(np.linalg.norm(scale * vector)),
+        scaled_norm=steps.length(vector),
         damping=damping,
         active=active,
     )
@@ -116,8 +118,9 @@ class _DampedSteps:
         length = np.hypot(1.0, below)
         rows = np.vstack([self._rows, np.diag(below)]) / length
         target = np.concatenate([self._target, np.zeros(len(below))])
-        q, r = scipy.linalg.qr(rows, mode="economic")
-        scaled = scipy.linalg.solve_triangular(r, -(q.T @ target))
+        both = scipy.linalg.qr(np.column_stack([rows, target]), mode="r")[0]
+        k = len(below)
+        scaled = scipy.linalg.solve_triangular(both[:k, :k], -both[:k, k])
         scale = length * self._norms
         return self._within(scaled / scale, rows, target, scale)
 
@@ -142,24 +145,35 @@ class _DampedSteps:
         step = np.clip(solution.x / shrink, self._low, self._high)
         return step, np.asarray(solution.active_mask != 0)
 
-    def find(self, radius: float) -> float:
-        """The damping at which ``‖D p‖`` is the radius."""
-        tiny = np.finfo(np.float64).tiny
+    def length(self, vector: Vector) -> float:
+        """``‖D p‖``, which a Newton step on a plateau may take beyond the largest number."""
+        with np.errstate(over="ignore"):
+            return float(scipy.linalg.norm(self._scale * vector, check_finite=False))
 
-        def excess(log_damping: float) -> float:
-            vector, _ = self.at(float(np.exp(log_damping)))
-            length = float(np.linalg.norm(self._scale * vector))
-            return math.log(max(length, tiny) / radius)
+    def find(self, radius: float, newton_length: float) -> float:
+        """The damping at which ``‖D p‖`` is the radius, within 5 %.
 
-        # ‖D p(λ)‖ <= ‖z‖ / (2 √λ), so that the upper end is short enough.
-        upper = 2 * np.log(max(float(np.linalg.norm(self._target)), tiny) / radius)
-        smallest = self._values.min() / np.max(self._scale / self._norms)
-        lower = min(2 * np.log(max(smallest, tiny)), upper) - 40.0
-        if excess(upper) >= 0:
-            return float(np.exp(upper))
-        if excess(lower) <= 0:
-            return float(np.exp(lower))
-        root = scipy.optimize.brentq(
-            excess, lower, upper, xtol=_RADIUS_TOLERANCE, rtol=1e-8, maxiter=100
+        Its reciprocal is nearly linear in the damping (Hebden 1973), so that secants do, with
+        Moré's safeguards.
+        """
+        grad = self._rows.T @ self._target * (self._norms / self._scale)
+        # ‖D p(λ)‖ is at most ‖D⁻¹Sᵀz‖ / λ, and at most ‖z‖ / (2 √λ).
+        low = 0.0
+        high = min(
+            float(np.linalg.norm(grad)) / radius,
+            (float(np.linalg.norm(self._target)) / (2 * radius)) ** 2,
         )
-        return float(np.exp(root))
+        before, before_inverse = 0.0, 1 / newton_length
+        damping = 1e-3 * high
+        for count in range(_MAX_SECANTS):
+            length = self.length(self.at(damping)[0])
+            if abs(length - radius) <= _RADIUS_TOLERANCE * radius or damping == before:
+                break
+            low, high = (damping, high) if length > radius else (low, damping)
+            inverse = 1 / max(length, np.finfo(np.float64).tiny)
+            slope = (inverse - before_inverse) / (damping - before)
+            before, before_inverse = damping, inverse
+            damping = before + (1 / radius - inverse) / slope if slope > 0 else 0.0
+            if not low < damping < high or count % 4 == 3:
+                damping = max(1e-3 * high, math.sqrt(low * high))
+        return damping
