@@ -461,11 +461,11 @@ def lacks_digits(precision: Precision, state: State | NewtonState) -> str:
         return ""
     if state.status is Status.NOT_FINITE or not state.was_finite:
         return f"a pass in {precision} precision was not finite"
-    if state.status is Status.STALLED:
-        return f"no step lowered the cost in {precision} precision"
     condition = state.condition_number
     if precision == "mixed" and condition > _MIXED_CONDITION:
         return f"the condition number is {condition:.1e}, above {_MIXED_CONDITION:.0e}"
+    if state.status is Status.STALLED:
+        return f"no step lowered the cost in {precision} precision"
     return ""
 
 

@@ -106,7 +106,10 @@ class State(Progress):
     @property
     def cosines(self) -> Float[np.ndarray, " k"]:
         """Cosines between the residuals and the columns of the Jacobian."""
-        scale = self.model.column_norms * np.sqrt(2 * self.cost)
+        norms = self.model.column_norms
+        if not np.isfinite(self.cost):
+            return np.zeros_like(norms)
+        scale = norms * np.sqrt(2 * self.cost)
         cosines = np.divide(self.model.grad, scale, out=np.zeros_like(scale), where=scale > 0)
         return np.asarray(cosines)
 
