@@ -153,4 +153,5 @@ def kernel_bytes(home: ProblemHome) -> int:
     # A backend that does not say gives None.
     known = [said for said in each if said is not None]
     needs = [said.temp_size_in_bytes + said.output_size_in_bytes for said in known]
-    return num_shards * int(max(needs, default=0))
+    copied = problem.plan.leaf_bytes if num_shards > 1 else 0
+    return num_shards * int(max(needs, default=0)) + copied
