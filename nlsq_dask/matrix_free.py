@@ -14,6 +14,7 @@ diagonal, and within the same bounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,7 +27,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Request
 from nlsq_dask.normal_equations import CostGradient, Sums
 from nlsq_dask.objective import Passes, SampleObjective
-from nlsq_dask.penalised import penalised_slope, penalty_products
+from nlsq_dask.penalised import build_penalty_products, penalised_slope
 from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.solvers.acceptance import Tolerances
 from nlsq_dask.solvers.conjugate import Limits, begin, minimize_quadratic
@@ -73,11 +74,14 @@ class SampleProducts:
     def products(
         self, params: Vector, vectors: Float[np.ndarray, "v k"]
     ) -> Float[np.ndarray, "v k"]:
-        """``JᵀC J v``, without penalties."""
+        """``JᵀC J v``, without penalties; one by one, so that one number of them compiles."""
         kernel = self.objective.reverse.products
-        embedded = self.space.embed(vectors.T).T
-        done, _ = self._call(kernel, self.space.expand(params), embedded, precision="float64")
-        return np.asarray(done.products[:, self.space.is_free])
+        everything = self.space.expand(params)
+        each = []
+        for vector in self.space.embed(vectors.T).T:
+            done, _ = self._call(kernel, everything, vector[None], precision="float64")
+            each.append(done.products[0, self.space.is_free])
+        return np.stack(each)
 
     def diagonal(self, params: Vector) -> Float[np.ndarray, " k"]:
         """Of ``JᵀC J``, estimated (see `nlsq_dask.kernels.reverse`)."""
@@ -132,9 +136,10 @@ class _SampleHessian:
         """Of the rows' part."""
         return np.asarray(self.rows * self.sample.products(self.params, vectors))
 
-    def penalty_products(self, vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+    @cached_property
+    def penalty_products(self) -> Callable[[Float[np.ndarray, "v k"]], Float[np.ndarray, "v k"]]:
         problem = self.sample.objective.problem
-        return penalty_products(problem, self.penalty, self.params, vectors)
+        return build_penalty_products(problem, self.penalty, self.params)
 
     def __call__(self, residual: Vector, low: Vector, high: Vector) -> Vector:
         return np.asarray(np.clip(residual / self.scale**2, low, high))

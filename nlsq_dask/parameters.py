@@ -133,16 +133,36 @@ class ParameterSpace:
             _, push = jax.linearize(self.complete, jnp.asarray(self.expand(free)))
             return np.asarray(jax.vmap(push, in_axes=1, out_axes=1)(directions))
 
-    def pull(
-        self, free: Float[np.ndarray, " k"], covectors: Float[np.ndarray, "v n"]
-    ) -> Float[np.ndarray, "v k"]:
-        """The transpose of `tangents`: derivatives by all parameters, by the free ones."""
+    def linearise(self, free: Float[np.ndarray, " k"]) -> Linearisation:
+        """`tangents` at one point, and its transpose, to be used many times."""
         if not self.ties:
-            return covectors[:, self.is_free]
+            return Linearisation(
+                push=lambda vectors: self.embed(vectors.T).T,
+                pull=lambda covectors: covectors[:, self.is_free],
+            )
         with jax.enable_x64(True):
-            _, pull = jax.vjp(self.complete, jnp.asarray(self.expand(free)))
-            (pulled,) = jax.vmap(pull)(jnp.asarray(covectors))
-        return np.asarray(pulled)[:, self.is_free]
+            point = jnp.asarray(self.expand(free))
+            _, along = jax.linearize(self.complete, point)
+            push = jax.jit(jax.vmap(along))
+            pull = jax.jit(jax.vmap(lambda covector: jax.linear_transpose(along, point)(covector)))
+
+        def pushed(vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v n"]:
+            with jax.enable_x64(True):
+                return np.asarray(push(self.embed(vectors.T).T))
+
+        def pulled(covectors: Float[np.ndarray, "v n"]) -> Float[np.ndarray, "v k"]:
+            with jax.enable_x64(True):
+                return np.asarray(pull(covectors)[0])[:, self.is_free]
+
+        return Linearisation(push=pushed, pull=pulled)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Linearisation:
+    """How all parameters follow the free ones near a point."""
+
+    push: Callable[[Float[np.ndarray, "v k"]], Float[np.ndarray, "v n"]]  # directions
+    pull: Callable[[Float[np.ndarray, "v n"]], Float[np.ndarray, "v k"]]  # gradients
 
 
 def build_parameter_space(

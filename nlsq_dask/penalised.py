@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.problem import Problem
 from nlsq_dask.solvers.trust_region import Evaluation
 
-__all__ = ["evaluation_of", "penalised_slope", "penalty_gram", "penalty_products"]
+__all__ = ["build_penalty_products", "evaluation_of", "penalised_slope", "penalty_gram"]
 
 
 def penalty_rows(
@@ -62,17 +63,21 @@ def penalised_slope(
     if not problem.penalties.is_empty:
         residual = penalty.residual(space.expand(params))
         cost = 0.5 * float(residual @ residual)
-        grad = grad + space.pull(params, penalty.pull(residual, space.size)[None])[0]
+        grad = grad + space.linearise(params).pull(penalty.pull(residual, space.size)[None])[0]
     return CostGradient(cost=slope.cost + cost, num_rows=slope.num_rows, grad=grad), cost
 
 
-def penalty_products(
-    problem: Problem, penalty: PenaltyRows, params: Vector, vectors: Float[np.ndarray, "v k"]
-) -> Float[np.ndarray, "v k"]:
-    """Their Hessian times vectors, which it is never formed for."""
+def build_penalty_products(
+    problem: Problem, penalty: PenaltyRows, params: Vector
+) -> Callable[[Float[np.ndarray, "v k"]], Float[np.ndarray, "v k"]]:
+    """Products with the penalties' Hessian, which is never formed."""
     space = problem.space
     if problem.penalties.is_empty:
-        return np.zeros_like(vectors)
-    rows = penalty.push(space.tangents(params, vectors.T))
-    pulled = np.stack([penalty.pull(column, space.size) for column in rows.T])
-    return space.pull(params, pulled)
+        return np.zeros_like
+    at = space.linearise(params)
+
+    def products(vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
+        rows = penalty.push(at.push(vectors).T)
+        return at.pull(np.stack([penalty.pull(column, space.size) for column in rows.T]))
+
+    return products

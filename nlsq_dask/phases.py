@@ -369,7 +369,8 @@ class _Fit:
         normal = state.evaluation.normal
         costs = (float(normal.cost), *full.rival_costs)
         comparable = np.where(np.isfinite(costs), costs, np.inf)
-        comparable[0] -= equal_cost(costs[0], int(normal.num_rows), solver.tolerances)
+        if np.isfinite(costs[0]):
+            comparable[0] -= equal_cost(costs[0], int(normal.num_rows), solver.tolerances)
         winner = int(np.argmin(comparable))
         may_switch = state.status in (Status.RUNNING, Status.NOT_FINITE) or state.status.is_success
         switched = winner != 0 and may_switch and bool(np.isfinite(comparable[winner]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -16,14 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import problems
+from config_rows_many import ROWS, cubic, hat
 from nlsq_dask import HybridStreamingConfig, fit_dataset
 from nlsq_dask.errors import CovarianceError
 from nlsq_dask.evaluate.base import Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import kernel_bytes
+from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import Model
 from nlsq_dask.solvers.conjugate import Limits, begin, minimize_quadratic
+from nlsq_dask.sources.base import Chunk
 from nlsq_dask.status import Status
 
 K = 5000
@@ -104,12 +110,6 @@ def test_directions_without_curvature_end_the_solve():
 # -- 5,000 coefficients
 
 
-def hat(x, c):
-    """Piecewise linear, between values at whole numbers."""
-    i = jnp.clip(jnp.floor(x).astype(jnp.int32), 0, c.shape[0] - 2)
-    return c[i] * (1 - (x - i)) + c[i + 1] * (x - i)
-
-
 def hat_matrix(x, k):
     i = np.clip(np.floor(x).astype(int), 0, k - 2)
     rows, share = np.tile(np.arange(len(x)), 2), x - i
@@ -145,70 +145,49 @@ def test_linear_model_of_5000_parameters_is_the_sparse_solution(hats, tmp_path):
         assert result.num_passes <= 18
         assert result.num_passes == len(result.history)
         kinds = [record.is_product for record in result.history]
-        assert kinds[0] is False and sum(kinds) == result.num_passes - kinds.count(False)
+        assert kinds[:2] == [False, True]
         assert result.r_squared > 0.5
     assert "4,900 more" in result.summary()
     assert len(repr(result)) < 1000
 
 
 def test_bounds_that_hold_a_thousand_parameters(hats):
+    """And no array of k x k elements on the way."""
     ds, gram, moment = hats
     lower, upper = 0.0, 0.7
+    tracemalloc.start()
     result = fit_dataset(ds, hat, p0={"c": np.full(K, 0.5)}, bounds={"c": (lower, upper)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert result.success
     assert np.all((result.popt > lower) & (result.popt < upper))
     gradient = gram @ result.popt - moment
     at_lower, at_upper = result.popt < lower + 1e-6, result.popt > upper - 1e-6
-    assert at_lower.sum() > 1000 and at_upper.sum() > 500
-    np.testing.assert_array_equal(result.active, at_lower | at_upper)
-    assert np.all(gradient[at_lower] > 0) and np.all(gradient[at_upper] < 0)
-    free = ~(at_lower | at_upper)
+    held = at_lower | at_upper
+    assert at_lower.sum() > 1000
+    assert at_upper.sum() > 500
+    np.testing.assert_array_equal(result.active, held)
+    assert np.all(gradient[at_lower] > 0)
+    assert np.all(gradient[at_upper] < 0)
     way = np.zeros(K)
-    way[free] = scipy.sparse.linalg.spsolve(gram[free][:, free], gradient[free])
+    way[~held] = scipy.sparse.linalg.spsolve(gram[~held][:, ~held], gradient[~held])
     assert in_standard_errors(way, gram) < 1e-3
     assert result.num_passes <= 25
-
-
-def test_the_sample_takes_fewer_passes_than_the_diagonal(hats, monkeypatch):
-    """Cubic B-splines: what neighbours share is more than a diagonal can say."""
-    ds, _, _ = hats
-
-    def cubic(x, c):
-        i = jnp.clip(jnp.floor(x).astype(jnp.int32), 0, c.shape[0] - 4)
-        w = x - i
-        return (
-            c[i] * (1 - w) ** 3
-            + c[i + 1] * (3 * w**3 - 6 * w**2 + 4)
-            + c[i + 2] * (-3 * w**3 + 3 * w**2 + 3 * w + 1)
-            + c[i + 3] * w**3
-        ) / 6
-
-    tight = HybridStreamingConfig(distance_tol=1e-3)
-    by_sample = fit_dataset(ds, cubic, p0={"c": np.zeros(K)}, config=tight)
-    # As much regularization as makes nothing but the diagonal count.
-    by_diagonal = fit_dataset(
-        ds,
-        cubic,
-        p0={"c": np.zeros(K)},
-        config=HybridStreamingConfig(distance_tol=1e-3, regularization_factor=1e6),
-    )
-    assert by_sample.success and by_diagonal.success
-    assert 2 * by_sample.num_passes < by_diagonal.num_passes
-
-
-def test_no_array_of_k_times_k_elements(hats):
-    ds, _, _ = hats
-    tracemalloc.start()
-    result = fit_dataset(ds, hat, p0={"c": np.zeros(K)}, bounds={"c": (-0.9, 2)})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert result.success
     assert peak < 8 * K**2 / 4  # NumPy's arrays
     home = ProblemHome(problem=result.session.problem, cache_bytes=0, prefetch=False)
     assert kernel_bytes(home) < 8 * K**2 / 4  # XLA's
-    assert result.pcov is None and result.perr is None
-    assert np.isnan(result.rank) and np.isnan(result.condition_number)
+
+
+def test_what_needs_a_covariance_says_that_there_is_none():
+    ds = xr.Dataset({"y": ("row", Y), "t": ("row", T)})
+    result = fit_dataset(ds, problems.decay, y="y", x="t", p0=problems.P0, config=MATRIX_FREE)
+    assert result.pcov is None
+    assert result.perr is None
+    assert result["perr"] is None
+    assert np.isnan(result.rank)
+    assert np.isnan(result.condition_number)
     assert any("no covariance" in text for text in result.diagnostics["notes"])
+    assert "rate" in result.summary()
     for ask in (
         lambda: result.covariance,
         lambda: result.correlation,
@@ -217,6 +196,23 @@ def test_no_array_of_k_times_k_elements(hats):
     ):
         with pytest.raises(CovarianceError, match="cg_param_threshold"):
             ask()
+
+
+def test_the_sample_takes_fewer_passes_than_the_diagonal():
+    """Cubic B-splines: what neighbours share is more than a diagonal can say."""
+    rng = np.random.default_rng(2)
+    x = rng.uniform(0, 1997, 100_000)
+    ds = xr.Dataset({"y": ("row", np.sin(x / 50))}, coords={"x": ("row", x)})
+    ds["y"] += NOISE * rng.normal(size=len(x))
+
+    def passes(regularization):
+        config = HybridStreamingConfig(distance_tol=1e-3, regularization_factor=regularization)
+        result = fit_dataset(ds, cubic, p0={"c": np.zeros(2000)}, config=config)
+        assert result.success
+        return result.num_passes
+
+    # With so much of it, nothing but the diagonal counts.
+    assert 2 * passes(1e-10) < passes(1e6)
 
 
 # -- every kind of problem, against the dense path
@@ -230,29 +226,17 @@ GROUPS = {
     "group_variance_indices": ((0, 2),),
     "group_variance_lambda": 1e-5,
 }
+TIED = {
+    "ties": {"offset": lambda amplitude: 0.05 * amplitude},
+    "p0": {"amplitude": 1.0, "rate": 1.0},
+}
 CASES = {
-    "plain": {},
-    "masked": {"y": MASKED},
-    "sigma": {"sigma": "sigma"},
-    "huber": {"y": OUTLIERS, "loss": "huber", "f_scale": 0.2},
-    "cauchy": {"y": OUTLIERS, "loss": "cauchy", "f_scale": 0.2},
-    "held": {"bounds": {"rate": (0.55, 5)}},
-    "between": {"bounds": {"rate": (0.1, 5), "offset": (-1, 1)}},
-    "fixed": {"fixed": ("offset",)},
-    "tied": {
-        "ties": {"offset": lambda amplitude: 0.05 * amplitude},
-        "p0": {"amplitude": 1.0, "rate": 1.0},
-    },
-    "prior": {"priors": {"rate": (0.3, 1e-3)}, "absolute_sigma": True},
-    "prior on a tie": {
-        "ties": {"offset": lambda amplitude: 0.05 * amplitude},
-        "priors": {"offset": (0.3, 1e-3)},
-        "absolute_sigma": True,
-        "p0": {"amplitude": 1.0, "rate": 1.0},
-    },
-    "groups": {"config": GROUPS},
-    "mixed": {"config": {"precision": "mixed"}},
     "far": {"p0": {"amplitude": 8.0, "rate": 2.0, "offset": -1.0}},
+    "masked": {"y": MASKED, "sigma": "sigma"},
+    "robust": {"y": OUTLIERS, "loss": "cauchy", "f_scale": 0.2},
+    "held": {"bounds": {"rate": (0.55, 5), "amplitude": (None, 5)}},
+    "tied": {**TIED, "priors": {"offset": (0.3, 1e-3)}, "absolute_sigma": True},
+    "fixed": {"fixed": ("offset",), "config": {**GROUPS, "precision": "mixed"}},
 }
 
 
@@ -266,7 +250,8 @@ def test_small_problems_come_out_as_with_normal_equations(case):
     )
     config = HybridStreamingConfig(cg_param_threshold=1, **options)
     result = fit_dataset(ds, problems.decay, y="y", x="t", config=config, **given_here)
-    assert dense.success and result.success
+    assert dense.success
+    assert result.success
     assert problems.Oracle(dense.popt, dense.pcov).distance(result.popt) < 1e-3
     assert result.cost == pytest.approx(dense.cost, rel=1e-9)
     assert result.num_rows == dense.num_rows
@@ -358,7 +343,8 @@ def test_parameters_that_no_row_depends_on_are_reported():
     ds = xr.Dataset({"y": ("row", np.sin(T) + 0.1 * (Y - Y.mean())), "x": ("row", T)})
     with pytest.warns(scipy.optimize.OptimizeWarning, match=r"no row depends on 9 of 20.*c\[11\]"):
         result = fit_dataset(ds, hat, y="y", x="x", p0={"c": np.ones(20)}, config=MATRIX_FREE)
-    assert result.status is Status.UNIDENTIFIED and not result.success
+    assert result.status is Status.UNIDENTIFIED
+    assert not result.success
     np.testing.assert_array_equal(result.popt[11:], 1.0)
     matrix = hat_matrix(T, 11)
     expected = np.linalg.lstsq(matrix.toarray(), ds["y"].values, rcond=None)[0]
@@ -399,3 +385,102 @@ def test_a_covariance_that_cannot_be_is_refused():
     ds = xr.Dataset({"y": ("row", Y), "t": ("row", T)})
     with pytest.raises(ValueError, match="`covariance` and `cluster` must be left out"):
         fit_dataset(ds, problems.decay, y="y", x="t", covariance="HC1", config=MATRIX_FREE)
+
+
+# -- devices that share a leaf
+
+SHARED = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from nlsq_dask import HybridStreamingConfig, fit_dataset
+from nlsq_dask.evaluate.base import Request
+from nlsq_dask.evaluate.leaves import ProblemHome
+
+
+class Watched(ProblemHome):
+    def _dispatch(self, chunk, request):
+        sums = super()._dispatch(chunk, request)
+        used.append(sums.normal.cost.devices())
+        return sums
+
+
+def model(t, z, a, b):
+    return a * jnp.sin(t) + b * z
+
+
+def reduced():
+    home = Watched(problem=problem, cache_bytes=0, prefetch=False)
+    n = problem.space.size
+    params, vectors = np.linspace(1, 2, n), np.ones((1, n))
+    kinds = {"directions": np.eye(n)}, {}, {"vectors": vectors}
+    parts = []
+    for kind in kinds:
+        request = Request(params=params, terms=result.session.terms, center=0.0, **kind)
+        nodes = home.reduce(range(problem.source.num_chunks), request).nodes
+        parts += jax.tree.leaves(nodes[max(nodes)])
+    return np.concatenate([np.ravel(part) for part in parts])
+
+
+rng = np.random.default_rng(0)
+t, z = np.linspace(0, 3, 1001), np.linspace(0, 1, 97)
+y = np.sin(t)[:, None] + 0.5 * z + 0.1 * rng.normal(size=(1001, 97))
+y[17] = np.nan
+ds = xr.Dataset({"y": (("t", "z"), y)}, coords={"t": t, "z": z})
+fits = {}
+for shared in (True, False):
+    config = HybridStreamingConfig(enable_multi_device=shared)
+    result = fits[shared] = fit_dataset(ds, model, config=config)
+    problem, used = result.session.problem, []
+    if shared:
+        two = jax.local_devices()
+        assert len(two) == 2
+        assert problem.plan.num_shards == 2
+        on_two = reduced()
+        assert used == [{two[0]}, {two[1]}] * (len(used) // 2), used
+        jax.local_devices, used = lambda: two[:1], []
+        on_one = reduced()
+        assert {device for devices in used for device in devices} == {two[0]}
+        np.testing.assert_array_equal(on_two, on_one)
+        jax.local_devices = lambda: two
+    else:
+        np.testing.assert_allclose(reduced(), on_two, rtol=1e-10)
+np.testing.assert_allclose(fits[True].popt, fits[False].popt, rtol=1e-10)
+assert fits[True].num_rows == 1000 * 97
+"""
+
+
+def test_two_devices_of_a_process_share_each_leaf():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(10,), (7,), (1,), (2, 5), (1, 6)])
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+def test_slabs_hold_each_row_once(shape, num_shards):
+    y = np.arange(np.prod(shape), dtype=float).reshape(shape)
+    x = np.arange(shape[-1], dtype=float).reshape((1,) * (len(shape) - 1) + shape[-1:])
+    extent = np.array(shape) - (np.array(shape) > 1)
+    slabs = cut_slabs(Chunk(x=(x,), y=y, extent=extent), num_shards)
+    assert len(slabs) == num_shards
+    rows = [
+        np.stack(np.broadcast_arrays(slab.y, *slab.x))[:, *map(slice, slab.extent)].reshape(2, -1)
+        for slab in slabs
+    ]
+    found = np.concatenate(rows, axis=1)
+    expected = np.stack(np.broadcast_arrays(y, x))[:, *map(slice, extent)].reshape(2, -1)
+    np.testing.assert_array_equal(found[:, np.argsort(found[0])], expected)
+
+
+@pytest.mark.parametrize(("field", "shows"), ROWS)
+def test_options_change_what_they_say(field, shows):
+    assert shows(), field

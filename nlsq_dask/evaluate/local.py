@@ -150,7 +150,8 @@ def kernel_bytes(home: ProblemHome) -> int:
         shapes = shapes_of(arguments)
         if shapes not in known:
             known[shapes] = _temporary_bytes(kernel, arguments)
-    return num_shards * max(known[shapes_of(arguments)] for _, arguments in kernels)
+    copied = problem.plan.leaf_bytes if num_shards > 1 else 0
+    return num_shards * max(known[shapes_of(arguments)] for _, arguments in kernels) + copied
 
 
 def _temporary_bytes(kernel: Any, arguments: tuple[Any, ...]) -> int:
