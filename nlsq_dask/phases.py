@@ -40,6 +40,7 @@ NanPolicy = Literal["omit", "raise"]
 _LOGGER = logging.getLogger("nlsq_dask")
 # Above it, derivatives in float32 bias the answer (2.5e-3 standard errors at 4e5).
 _MIXED_CONDITION = 1e3
+_LIMITED = (Status.STOPPED_BY_CALLBACK, Status.MAX_PASSES, Status.MAX_SECONDS)
 
 
 def fit_problem(
@@ -329,7 +330,7 @@ class _Fit:
 
         state = minimize(full, self._solver(full), settle(state), after)
         reason = lacks_digits(full.precision, state)
-        if not reason:
+        if not reason or state.status in _LIMITED:
             return state
         _LOGGER.info("Moving to float64: %s.", reason)
         self._ledger.left_precision, full.precision = reason, "float64"
@@ -395,11 +396,11 @@ def lacks_digits(precision: Precision, state: State) -> str:
         return ""
     if state.status is Status.NOT_FINITE or not state.was_finite:
         return f"a pass in {precision} precision was not finite"
-    if state.status is Status.STALLED:
-        return f"no step lowered the cost in {precision} precision"
     condition = state.condition_number
     if precision == "mixed" and condition > _MIXED_CONDITION:
         return f"the condition number is {condition:.1e}, above {_MIXED_CONDITION:.0e}"
+    if state.status is Status.STALLED:
+        return f"no step lowered the cost in {precision} precision"
     return ""
 
 
