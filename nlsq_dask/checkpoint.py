@@ -266,16 +266,19 @@ def _member(group: Any, name: str, kind: type) -> Any:
 
 
 def _members(group: Any) -> dict[str, Any]:
+    """Datasets whose bytes are in the file, as they are."""
     if len(group) > _MAX_LEAVES:
         raise CheckpointError(f"its {group.name!r} has {len(group):,} parts")
-    return {name: _member(group, name, h5py.Dataset) for name in group}
+    members = {name: _member(group, name, h5py.Dataset) for name in group}
+    for dataset in members.values():
+        is_plain = dataset.chunks is None and not dataset.is_virtual and not dataset.external
+        if not is_plain or dataset.id.get_storage_size() != dataset.nbytes:
+            raise CheckpointError(f"its {dataset.name!r} is not stored in one piece")
+    return members
 
 
 def _read_leaf(dataset: Any) -> Leaf:
-    """Numbers or text whose bytes are all in the file."""
-    is_plain = dataset.chunks is None and not dataset.is_virtual and not dataset.external
-    if not is_plain or dataset.id.get_storage_size() != dataset.nbytes:
-        raise CheckpointError(f"its {dataset.name!r} is not stored in one piece")
+    """Numbers or text; nothing else is read."""
     dtype = dataset.dtype
     if dtype.kind == "S" and dataset.shape == ():
         return bytes(dataset[()]).decode("utf-8")

@@ -133,7 +133,7 @@ class Ledger:
         """The parts of the covariance. The state stays as it is: another limit goes on from it."""
         assert self.standing is not None
         bins = full.bins_at(state.params)
-        self.standing = replace(self.standing, gate=self._gate, scores=scores, bins=bins)
+        self.standing = replace(self.standing, scores=scores, bins=bins)
         self._write("finished")
 
     def _write(self, phase: str) -> None:

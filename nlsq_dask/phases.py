@@ -42,6 +42,7 @@ NanPolicy = Literal["omit", "raise"]
 _LOGGER = logging.getLogger("nlsq_dask")
 # Above it, derivatives in float32 bias the answer (2.5e-3 standard errors at 4e5).
 _MIXED_CONDITION = 1e3
+_LIMITED = (Status.STOPPED_BY_CALLBACK, Status.MAX_PASSES, Status.MAX_SECONDS)
 
 
 def fit_problem(
@@ -395,7 +396,7 @@ class _Fit:
 
         state = minimize(full, self._solver(full), settle(state), after)
         reason = lacks_digits(full.precision, state)
-        if not reason:
+        if not reason or state.status in _LIMITED:
             return state
         _LOGGER.info("Moving to float64: %s.", reason)
         self._ledger.left_precision, full.precision = reason, "float64"
