@@ -17,17 +17,10 @@ DECADES = (0.1, 10.0)
 
 
 def model_of(problem: nist.NistProblem) -> Callable[..., object]:
-    """The model with one argument for all its variables, as `curve_fit` calls it."""
+    """The model as `curve_fit` calls it: Nelson's two variables are rows of one argument."""
     if problem.x.ndim == 1:
         return problem.model
     return lambda x, *params: problem.model(*x, *params)
-
-
-def named(problem: nist.NistProblem) -> Callable[..., object]:
-    """Nelson's two variables are rows of one argument."""
-    if problem.x.ndim == 1:
-        return problem.model
-    return lambda x, b1, b2, b3: problem.model(*x, b1, b2, b3)
 
 
 def random_starts(problem: nist.NistProblem, count: int) -> Iterator[np.ndarray]:
@@ -52,7 +45,7 @@ def is_certified(problem: nist.NistProblem, params: np.ndarray) -> bool:
 
 
 def fit_by_curve_fit(problem: nist.NistProblem) -> Callable[[np.ndarray], np.ndarray]:
-    model = named(problem)
+    model = model_of(problem)
 
     def fit(start: np.ndarray) -> np.ndarray:
         with warnings.catch_warnings():

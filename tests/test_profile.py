@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,9 @@ import nist
 import problems
 from nlsq_dask import fit_dataset
 from nlsq_dask.errors import DataError, SessionError
+from nlsq_dask.solvers.end_point import EndPointSearch, EndStatus
+from nlsq_dask.solvers.quadratic import build_quadratic
+from test_solver import evaluate_with
 
 
 def peak(x, height, place, width, floor):
@@ -244,3 +247,51 @@ def test_data_that_changed_are_refused(tmp_path):
     case.dataset.assign(y=("row", case.y + 1.0)).to_zarr(path, mode="w", consolidated=False)
     with pytest.raises(DataError, match="those that were fitted"):
         result.confidence_interval(method="profile")
+
+
+def make_search():
+    """A straight line's slope: the profile is the parabola that the model says."""
+    evaluate = evaluate_with(lambda p: np.array([p[0], 3.0]), lambda p: np.array([[1.0], [0.0]]))
+    search = EndPointSearch(
+        index=0,
+        side=1,
+        minimum=np.zeros(1),
+        threshold=4.5 + 2.0,
+        rise=2.0,
+        standard_error=1.0,
+        scale=1.0,
+        bounds=(np.full(1, -np.inf), np.full(1, np.inf)),
+    )
+    start = evaluate(np.zeros(1), np.eye(1))
+    return search, search.init(build_quadratic(start.normal, start.whitening)), evaluate
+
+
+def with_cost(evaluation, cost):
+    return replace(evaluation, normal=replace(evaluation.normal, cost=np.float64(cost)))
+
+
+def test_a_parabola_takes_one_evaluation():
+    search, trace, evaluate = make_search()
+    np.testing.assert_allclose(trace.trial, 2.0)
+    trace = search.update(trace, evaluate(trace.trial, trace.whitening))
+    assert trace.status is EndStatus.FOUND
+    np.testing.assert_allclose(trace.end, 2.0)
+
+
+@pytest.mark.parametrize("cost", [np.nan, 1e3])
+def test_where_the_model_was_wrong_the_step_is_halved(cost):
+    search, trace, evaluate = make_search()
+    for trial in (2.0, 1.0, 0.5):
+        np.testing.assert_allclose(trace.trial, trial)
+        trace = search.update(trace, with_cost(evaluate(trace.trial, trace.whitening), cost))
+    while trace.status is EndStatus.RUNNING:
+        trace = search.update(trace, with_cost(evaluate(trace.trial, trace.whitening), cost))
+    assert trace.status is EndStatus.NOT_CONVERGED
+    assert np.isnan(trace.end)
+
+
+def test_a_lower_cost_on_the_way_is_said():
+    search, trace, evaluate = make_search()
+    trace = search.update(trace, with_cost(evaluate(trace.trial, trace.whitening), 4.0))
+    assert trace.status is EndStatus.NOT_A_MINIMUM
+    np.testing.assert_allclose(trace.params, 2.0)

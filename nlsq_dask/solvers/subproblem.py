@@ -153,27 +153,28 @@ class _DampedSteps:
     def find(self, radius: float, newton_length: float) -> float:
         """The damping at which ``‖D p‖`` is the radius, within 5 %.
 
-        Its reciprocal is nearly linear in the damping (Hebden 1973), so that secants do, with
-        Moré's safeguards.
+        Its reciprocal is nearly linear in the damping (Hebden 1973), so that secants find it,
+        kept within bounds as Moré (1978) has it.
         """
         grad = self._rows.T @ self._target * (self._norms / self._scale)
         # ‖D p(λ)‖ is at most ‖D⁻¹Sᵀz‖ / λ, and at most ‖z‖ / (2 √λ).
+        tiny = np.finfo(np.float64).tiny
         low = 0.0
         high = min(
             float(np.linalg.norm(grad)) / radius,
             (float(np.linalg.norm(self._target)) / (2 * radius)) ** 2,
         )
-        before, before_inverse = 0.0, 1 / newton_length
+        before, ratio_before = 0.0, radius / newton_length
         damping = 1e-3 * high
         for count in range(_MAX_SECANTS):
             length = self.length(self.at(damping)[0])
             if abs(length - radius) <= _RADIUS_TOLERANCE * radius or damping == before:
                 break
             low, high = (damping, high) if length > radius else (low, damping)
-            inverse = 1 / max(length, np.finfo(np.float64).tiny)
-            slope = (inverse - before_inverse) / (damping - before)
-            before, before_inverse = damping, inverse
-            damping = before + (1 / radius - inverse) / slope if slope > 0 else 0.0
+            ratio = radius / max(length, tiny)
+            rises = ratio - ratio_before
+            secant = damping + (1 - ratio) * (damping - before) / rises if rises > 0 else 0.0
+            before, ratio_before, damping = damping, ratio, secant
             if not low < damping < high or count % 4 == 3:
                 damping = max(1e-3 * high, math.sqrt(low * high))
         return damping
