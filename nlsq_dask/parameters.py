@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -140,21 +141,33 @@ class ParameterSpace:
                 push=lambda vectors: self.embed(vectors.T).T,
                 pull=lambda covectors: covectors[:, self.is_free],
             )
-        with jax.enable_x64(True):
-            point = jnp.asarray(self.expand(free))
-            _, along = jax.linearize(self.complete, point)
-            push = jax.jit(jax.vmap(along))
-            pull = jax.jit(jax.vmap(lambda covector: jax.linear_transpose(along, point)(covector)))
+        push, pull = _derivatives_of_ties(self)
+        point = self.expand(free)
 
         def pushed(vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v n"]:
             with jax.enable_x64(True):
-                return np.asarray(push(self.embed(vectors.T).T))
+                return np.asarray(push(point, self.embed(vectors.T).T))
 
         def pulled(covectors: Float[np.ndarray, "v n"]) -> Float[np.ndarray, "v k"]:
             with jax.enable_x64(True):
-                return np.asarray(pull(covectors)[0])[:, self.is_free]
+                return np.asarray(pull(point, covectors))[:, self.is_free]
 
         return Linearisation(push=pushed, pull=pulled)
+
+
+@functools.lru_cache(maxsize=8)
+def _derivatives_of_ties(space: ParameterSpace) -> tuple[Callable[..., Array], ...]:
+    """Products with the derivative of ``complete`` and its transpose, jitted."""
+
+    def push(params: Array, vectors: Array) -> Array:
+        _, along = jax.linearize(space.complete, params)
+        return jnp.asarray(jax.vmap(along)(vectors))
+
+    def pull(params: Array, covectors: Array) -> Array:
+        _, back = jax.vjp(space.complete, params)
+        return jnp.asarray(jax.vmap(back)(covectors)[0])
+
+    return jax.jit(push), jax.jit(pull)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -55,7 +55,14 @@ def _products(result: FitResult) -> list[int]:
 
 
 def threshold_decides_whether_there_is_a_matrix() -> bool:
-    return fit().pcov is None and fit(cg_param_threshold=201).pcov is not None
+    rng = np.random.default_rng(1)
+    x = rng.uniform(0, 17, 1000)
+    ds = xr.Dataset({"y": ("row", np.sin(x))}, coords={"x": ("row", x)})
+    ds["y"] += 0.1 * rng.normal(size=len(x))
+    limits = (20, 21)
+    configs = [HybridStreamingConfig(cg_param_threshold=limit) for limit in limits]
+    fits = [fit_dataset(ds, cubic, p0={"c": np.zeros(20)}, config=each) for each in configs]
+    return [result.pcov is None for result in fits] == [True, False]
 
 
 def products_of_a_trial_are_limited() -> bool:

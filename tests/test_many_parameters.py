@@ -235,7 +235,7 @@ CASES = {
     "masked": {"y": MASKED, "sigma": "sigma"},
     "robust": {"y": OUTLIERS, "loss": "cauchy", "f_scale": 0.2},
     "held": {"bounds": {"rate": (0.55, 5), "amplitude": (None, 5)}},
-    "tied": {**TIED, "priors": {"offset": (0.3, 1e-3)}, "absolute_sigma": True},
+    "tied": {**TIED, "priors": {"offset": (0.11, 1e-3)}, "absolute_sigma": True},
     "fixed": {"fixed": ("offset",), "config": {**GROUPS, "precision": "mixed"}},
 }
 
