@@ -153,7 +153,7 @@ def require_same(
     for key, meaning in _VECTORS.items():
         _require_equal_vector(meaning, saved.get(key), current[key], labels)
     if any(not np.array_equal(saved.get(key, ""), current[key]) for key in _PRIORS):
-        raise CheckpointError("`priors` were others in the checkpoint")
+        raise CheckpointError("`priors`: others in the checkpoint")
     for key, text in current.items():
         kind, _, name = key.partition(".")
         if kind == "config":
@@ -173,17 +173,15 @@ def _require_equal_text(what: str, saved: object, current: Leaf) -> None:
     if saved is None:
         raise CheckpointError(f"it does not say {what}")
     if saved != current:
-        raise CheckpointError(f"{what} was {saved} in the checkpoint and is {current} now")
+        raise CheckpointError(f"{what}: {saved} in the checkpoint, {current} now")
 
 
 def _require_equal_vector(what: str, saved: Any, current: Any, labels: Sequence[str]) -> None:
     if not isinstance(saved, np.ndarray) or saved.shape != current.shape:
-        raise CheckpointError(f"it does not say {what} for each of {list(labels)}")
+        raise CheckpointError(f"it does not say {what} for each of {len(labels)} parameters")
     for label, before, now in zip(labels, saved.tolist(), current.tolist(), strict=True):
         if before != now:
-            raise CheckpointError(
-                f"{what} of {label!r} was {before!r} in the checkpoint and is {now!r} now"
-            )
+            raise CheckpointError(f"{what} of {label!r}: {before!r} in the checkpoint, {now!r} now")
 
 
 def sample_digest(sample: Sample) -> str:
