@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ _ARE = {
     "data.num_chunks": "the number of chunks",
     "data.leaf_shape": "the shape of the chunks",
     "data.tile_shape": "the shape of the kernels' tiles",
+    "data.strategy": "how kernels go over the rows",
     "jax.version": "the version of JAX",
 }
 _VECTORS = {
@@ -125,6 +126,7 @@ def _describe_data(problem: Problem) -> dict[str, Leaf]:
         "data.num_chunks": str(source.num_chunks),
         "data.leaf_shape": _text(plan.leaf_shape),
         "data.tile_shape": _text(plan.tile_shape),
+        "data.strategy": _text(asdict(plan.strategy)),
     }
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import checkpoint_run
 import config_rows_checkpoint
+import config_rows_many
 import problems
 from nlsq_dask import (
     AdaptiveHybridStreamingOptimizer,
@@ -255,6 +256,41 @@ def test_same_bits_where_another_optimum_wins_the_first_pass(tmp_path, monkeypat
     for at in range(1, len(whole.history) + 1):
         fit(stop_after(at), path)
         assert_same_bits(fit(resume_from_checkpoint=path), whole)
+
+
+@pytest.mark.parametrize("bounds", [None, {"c": (-0.1, 0.1)}])
+def test_same_bits_with_many_parameters(bounds, tmp_path):
+    """At trials and amid conjugate gradients."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 197, 80_000)
+    y = np.sin(x / 20) + 0.3 * rng.normal(size=x.size)
+    ds = xr.Dataset({"y": ("row", y)}, coords={"x": ("row", x)})
+    path = tmp_path / "run.h5"
+
+    def fit(callback=None, checkpoint=None, **more):
+        config = HybridStreamingConfig(cg_param_threshold=200, precision="mixed", **more)
+        return fit_dataset(
+            ds,
+            config_rows_many.cubic,
+            p0={"c": np.zeros(200)},
+            bounds=bounds,
+            config=config,
+            callback=callback,
+            checkpoint=checkpoint,
+        )
+
+    whole = fit()
+    kinds = [record.is_product for record in whole.history]
+    assert {True, False} == set(kinds)
+    for at in {1, 2, 3, len(kinds) - 1, len(kinds)}:
+        fit(stop_after(at), path)
+        again = fit(resume_from_checkpoint=path)
+        np.testing.assert_array_equal(again.popt, whole.popt)
+        assert again.cost == whole.cost
+        assert again.status is whole.status
+        assert again.num_passes == whole.num_passes
+        assert repr(again.diagnostics["chunks"]) == repr(whole.diagnostics["chunks"])
+        assert repr(again.diagnostics["sample"]) == repr(whole.diagnostics["sample"])
 
 
 # -- limits
