@@ -9,6 +9,7 @@ Layout, format 3.0::
     /warmup_state    phase 1, while it is under way
     /warmup          what it came to
     /passes          phase 2: solver, history, statistics; and the parts of a sandwich covariance
+    /newton          in its place, where there are many parameters
 
 Each group holds datasets alone, under dotted names: 64-bit floats and integers, bytes for
 booleans, fixed-length UTF-8 for text; contiguous, without filters. HDF5 tools read it.
@@ -51,7 +52,7 @@ FORMAT_VERSION = "3.0"
 _FORMAT = "nlsq_dask checkpoint"
 _MAGIC = f"{_FORMAT}\n".encode()
 _HEADER_BYTES = 512  # HDF5's user block
-_SECTIONS = ("identity", "about", "warmup_state", "warmup", "passes")
+_SECTIONS = ("identity", "about", "warmup_state", "warmup", "passes", "newton")
 _MAX_LEAVES = 10_000  # in a section
 _DTYPES = {np.dtype(np.float64): np.float64, np.dtype(np.int64): np.int64}
 _BLOCK_BYTES = 2**20

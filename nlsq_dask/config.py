@@ -175,10 +175,10 @@ class HybridStreamingConfig:
     chunk_size : int, optional
         Rows that a kernel call handles at once, at most. Unset, it follows the store's chunks.
     enable_checkpoints, checkpoint_frequency, checkpoint_dir
-        Write the state to a file in this folder, at every accepted trial and after so many
-        warmup iterations. Without a folder nothing is written.
+        A file in this folder, named by the model and the time, is written after each pass and
+        so many warmup iterations. Without a folder, none, unless `checkpoint` or the next says so.
     resume_from_checkpoint : str, optional
-        Path of a checkpoint to continue from.
+        A checkpoint to continue, to the same bits, and to go on writing.
     validate_numerics : bool
         Name the chunks in which sums are not finite. Without it they are still never accepted.
     enable_fault_tolerance, max_retries_per_batch
@@ -221,7 +221,7 @@ class HybridStreamingConfig:
     max_passes : int, optional
         Passes over all data, at most.
     max_seconds : float, optional
-        Wall time after which no further pass is started.
+        Wall time, of this process, after which no further pass is started.
 
     Raises
     ------

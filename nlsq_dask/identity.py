@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ _ARE = {
     "data.num_chunks": "the number of chunks",
     "data.leaf_shape": "the shape of the chunks",
     "data.tile_shape": "the shape of the kernels' tiles",
+    "data.strategy": "how kernels go over the rows",
     "jax.version": "the version of JAX",
 }
 _VECTORS = {
@@ -125,6 +126,7 @@ def _describe_data(problem: Problem) -> dict[str, Leaf]:
         "data.num_chunks": str(source.num_chunks),
         "data.leaf_shape": _text(plan.leaf_shape),
         "data.tile_shape": _text(plan.tile_shape),
+        "data.strategy": _text(asdict(plan.strategy)),
     }
 
 
@@ -153,7 +155,7 @@ def require_same(
     for key, meaning in _VECTORS.items():
         _require_equal_vector(meaning, saved.get(key), current[key], labels)
     if any(not np.array_equal(saved.get(key, ""), current[key]) for key in _PRIORS):
-        raise CheckpointError("`priors` were others in the checkpoint")
+        raise CheckpointError("`priors`: others in the checkpoint")
     for key, text in current.items():
         kind, _, name = key.partition(".")
         if kind == "config":
@@ -173,17 +175,15 @@ def _require_equal_text(what: str, saved: object, current: Leaf) -> None:
     if saved is None:
         raise CheckpointError(f"it does not say {what}")
     if saved != current:
-        raise CheckpointError(f"{what} was {saved} in the checkpoint and is {current} now")
+        raise CheckpointError(f"{what}: {saved} in the checkpoint, {current} now")
 
 
 def _require_equal_vector(what: str, saved: Any, current: Any, labels: Sequence[str]) -> None:
     if not isinstance(saved, np.ndarray) or saved.shape != current.shape:
-        raise CheckpointError(f"it does not say {what} for each of {list(labels)}")
+        raise CheckpointError(f"it does not say {what} for each of {len(labels)} parameters")
     for label, before, now in zip(labels, saved.tolist(), current.tolist(), strict=True):
         if before != now:
-            raise CheckpointError(
-                f"{what} of {label!r} was {before!r} in the checkpoint and is {now!r} now"
-            )
+            raise CheckpointError(f"{what} of {label!r}: {before!r} in the checkpoint, {now!r} now")
 
 
 def sample_digest(sample: Sample) -> str:

@@ -110,12 +110,6 @@ def open_journal(
     path = _place(problem, config, checkpoint, resumed_from)
     if path is None and resumed_from is None:
         return Journal(path=None, resumed_from=None, resumed=None, identity={}, saved_identity={})
-    if problem.plan.is_matrix_free:
-        raise CheckpointError(
-            "Checkpoints must be left out for fits by conjugate gradients, from "
-            f"`cg_param_threshold` = {config.cg_param_threshold:,} free parameters on, got "
-            f"{problem.space.num_free:,}"
-        )
     identity = identify(problem, config, nan_policy)
     saved: Sections = {}
     resumed = None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from nlsq_dask._typing import Vector
 from nlsq_dask.evaluate.base import Pass
 from nlsq_dask.journal import Journal
+from nlsq_dask.matrix_free import FullProducts, SampleFit
+from nlsq_dask.newton_standing import AfterPass, NewtonStanding
 from nlsq_dask.normal_equations import CurvatureProducts
 from nlsq_dask.objective import FullObjective, Passes
 from nlsq_dask.report import Gate, ScoresPass
@@ -33,17 +37,21 @@ class Ledger:
         self.left_precision = ""
         self.history: tuple[IterationRecord, ...] = ()
         self.standing: Standing | None = None  # after the last pass
+        self.newton: NewtonStanding | None = None  # in its place, where there are many parameters
+        self.sample_fit: SampleFit | None = None
         resumed = journal.resumed
         if resumed is not None:
-            self.f_scale, self.warmup, self.standing = (
-                resumed.f_scale,
-                resumed.warmup,
-                resumed.standing,
-            )
+            self.f_scale, self.warmup = resumed.f_scale, resumed.warmup
+            self.standing, self.newton = resumed.standing, resumed.newton
         if self.standing is not None:
-            self._gate, self.history = self.standing.gate, self.standing.history
-            self.offending_leaves = self.standing.offending_leaves
-            self.left_precision = self.standing.left_precision
+            self._gate = self.standing.gate
+        if self.newton is not None:
+            self.sample_fit = self.newton.sample_fit
+        after_pass = self.newton if self.standing is None else self.standing
+        if after_pass is not None:
+            self.history = after_pass.history
+            self.offending_leaves = after_pass.offending_leaves
+            self.left_precision = after_pass.left_precision
 
     @property
     def has_gate(self) -> bool:
@@ -86,16 +94,18 @@ class Ledger:
         standing = self.standing
         if standing is None:
             return full
-        at_best = full.problem.space.expand(standing.state.params)
-        return replace(
-            full,
-            precision=standing.precision,
-            rival_costs=standing.rival_costs,
-            summary=standing.summary,
-            remembered=standing.summary,
-            accounts=list(standing.accounts),
-            bins=[(at_best, standing.bins)],
-        )
+        known = _known(standing, full.problem.space.expand(standing.state.params))
+        return replace(full, rival_costs=standing.rival_costs, **known)
+
+    def open_products(self, full: FullProducts) -> FullProducts:
+        """The same where there are many parameters."""
+        newton = self.newton
+        if newton is None:
+            return full
+        known = _known(newton, full.problem.space.expand(newton.progress.params))
+        opened = replace(full, **known)
+        opened.calibration.ratio = newton.calibration
+        return opened
 
     def enter_warmup(self, warmup: Warmup | None) -> None:
         """What phase 1 came to."""
@@ -111,21 +121,23 @@ class Ledger:
         record = self._record(full, last, state)
         self.history = (*self.history, record)
         self.offending_leaves = last.offending_leaves
+        after_pass: dict[str, Any] = {
+            "precision": full.precision,
+            "left_precision": self.left_precision,
+            "history": self.history,
+            "accounts": tuple(full.accounts),
+            "offending_leaves": last.offending_leaves,
+            "summary": summary,
+            "bins": full.bins_at(state.params),
+        }
         if isinstance(state, NewtonState):
-            return record
-        assert isinstance(full, FullObjective)
-        self.standing = Standing(
-            state=state,
-            gate=self._gate,
-            rival_costs=full.rival_costs,
-            precision=full.precision,
-            left_precision=self.left_precision,
-            history=self.history,
-            accounts=tuple(full.accounts),
-            offending_leaves=last.offending_leaves,
-            summary=summary,
-            bins=full.bins_at(state.params),
-        )
+            assert isinstance(full, FullProducts)
+            self.newton = NewtonStanding.of(state, full, self.sample_fit, **after_pass)
+        else:
+            assert isinstance(full, FullObjective)
+            self.standing = Standing(
+                state=state, gate=self._gate, rival_costs=full.rival_costs, **after_pass
+            )
         self._write("passes")
         return record
 
@@ -139,7 +151,11 @@ class Ledger:
     def _write(self, phase: str) -> None:
         self._journal.save(
             Snapshot(
-                f_scale=self.f_scale, is_warm=True, warmup=self.warmup, standing=self.standing
+                f_scale=self.f_scale,
+                is_warm=True,
+                warmup=self.warmup,
+                standing=self.standing,
+                newton=self.newton,
             ),
             {"phase": phase, "passes": str(len(self.history))},
         )
@@ -170,3 +186,14 @@ class Ledger:
             seconds=last.seconds,
             is_product=is_product,
         )
+
+
+def _known(after_pass: AfterPass, at_best: Vector) -> dict[str, Any]:
+    """What an earlier process found out, as fields of `Passes`."""
+    return {
+        "precision": after_pass.precision,
+        "summary": after_pass.summary,
+        "remembered": after_pass.summary,
+        "accounts": list(after_pass.accounts),
+        "bins": [(at_best, after_pass.bins)],
+    }

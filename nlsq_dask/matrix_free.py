@@ -32,7 +32,13 @@ from nlsq_dask.penalties import PenaltyRows
 from nlsq_dask.solvers.acceptance import Tolerances
 from nlsq_dask.solvers.conjugate import Limits, begin, minimize_quadratic
 from nlsq_dask.solvers.minimize import minimize
-from nlsq_dask.solvers.truncated_newton import NewtonState, Products, Slope, TruncatedNewton
+from nlsq_dask.solvers.truncated_newton import (
+    NewtonState,
+    Preconditioner,
+    Products,
+    Slope,
+    TruncatedNewton,
+)
 from nlsq_dask.status import Status
 
 __all__ = ["FullProducts", "SampleFit", "SampleProducts", "fit_sample"]
@@ -281,6 +287,17 @@ class FullProducts(Passes):
     products_of_sample: SampleProducts
     regularization: float
     calibration: _Calibration = field(default_factory=_Calibration)
+    num_rows: float = 0.0  # that count
+
+    def precondition(self, params: Vector, num_rows: float) -> Preconditioner:
+        """M at a point. Products there are asked for next."""
+        self.num_rows = num_rows
+        return _ShrunkHessian(
+            hessian=self._sample_hessian(params, num_rows),
+            shrinkage=self._shrinkage(len(params)),
+            regularization=self.regularization,
+            calibration=self.calibration,
+        )
 
     def __call__(
         self,
@@ -297,12 +314,7 @@ class FullProducts(Passes):
         return Slope(
             params=params,
             normal=normal,
-            precondition=_ShrunkHessian(
-                hessian=self._sample_hessian(params, float(normal.num_rows)),
-                shrinkage=self._shrinkage(len(params)),
-                regularization=self.regularization,
-                calibration=self.calibration,
-            ),
+            precondition=self.precondition(params, float(normal.num_rows)),
             penalty_cost=cost,
         )
 
@@ -323,9 +335,7 @@ class FullProducts(Passes):
         self, params: Vector, vectors: Float[np.ndarray, "v k"]
     ) -> Float[np.ndarray, "v k"]:
         """Products; the first pass of them also calibrates the preconditioner."""
-        assert self.last is not None  # the cost and gradient here
-        num_rows = float(self.last.sums.normal.num_rows)
-        hessian = self._sample_hessian(params, num_rows)
+        hessian = self._sample_hessian(params, self.num_rows)
         signs = np.zeros((0, len(params)))
         if self.calibration.ratio is None and not self.sample.sample.is_everything:
             signs = np.random.default_rng(0).choice([-1.0, 1.0], (_NUM_PROBES, len(params)))

@@ -168,9 +168,12 @@ class _Fit:
 
     def _fit_many(self, on_sample: SampleObjective) -> _Found:
         """The sample's optimum near `p0`, and from there truncated Newton: no k x k matrix."""
-        tolerances = self._tolerances(self._data_square)
-        sample = SampleProducts(on_sample)
-        fit = self._timed("warmup", lambda: fit_sample(sample, self._config, tolerances))
+        sample, ledger = SampleProducts(on_sample), self._ledger
+        if ledger.newton is None:
+            tolerances = self._tolerances(self._data_square)
+            ledger.sample_fit = self._timed(
+                "warmup", lambda: fit_sample(sample, self._config, tolerances)
+            )
         full = FullProducts(
             problem=self._problem,
             evaluator=self._evaluator,
@@ -180,14 +183,22 @@ class _Fit:
             products_of_sample=sample,
             regularization=self._config.regularization_factor,
         )
-        space = self._problem.space
-        params = space.p0[space.is_free] if fit is None else fit.params
+        full = ledger.open_products(full)
         start = time.perf_counter()
-        slope = full(params, center=on_sample.sample.center)
-        self._check_rows(full)
-        state = self._descend(full, self._after_pass(full, self._solver(full).init(slope)))
+        state = self._descend(full, self._begin_many(full))
         self._seconds["passes"] = time.perf_counter() - start
-        return _Found(full=full, state=state, sample_fit=fit)
+        return _Found(full=full, state=state, sample_fit=ledger.sample_fit)
+
+    def _begin_many(self, full: FullProducts) -> NewtonState:
+        """Where an earlier process stood, or the first pass, at the sample's optimum."""
+        newton, fit, space = self._ledger.newton, self._ledger.sample_fit, self._problem.space
+        if newton is not None:
+            return self._within_limits(full, newton.state(full))
+        params = space.p0[space.is_free] if fit is None else fit.params
+        slope = full(params, center=full.sample.sample.center)
+        self._check_rows(full)
+        state: NewtonState = self._solver(full).init(slope)
+        return self._after_pass(full, state)
 
     def _with_scale(self, on_sample: SampleObjective) -> SampleObjective:
         """The scale of the loss, as given or from the sample; frozen from here on."""

@@ -9,18 +9,16 @@ import numpy as np
 
 from nlsq_dask._typing import Float
 from nlsq_dask.checkpoint import Sections
-from nlsq_dask.config import HybridStreamingConfig, Precision
+from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.defense import DefenseLayerTelemetry
 from nlsq_dask.descents import Progress, defense_record
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.evaluate.base import Account
 from nlsq_dask.flat import Leaf, flatten, unflatten
-from nlsq_dask.normal_equations import RowSummary
+from nlsq_dask.newton_standing import AfterPass, NewtonStanding
 from nlsq_dask.normalization import ParameterNormalizer
 from nlsq_dask.problem import Problem
 from nlsq_dask.report import Gate, ScoresPass
 from nlsq_dask.solvers.trust_region import State
-from nlsq_dask.telemetry import IterationRecord
 from nlsq_dask.warmup import Optimum, Warmup
 from nlsq_dask.warmup_state import WarmupState
 
@@ -28,19 +26,12 @@ __all__ = ["Snapshot", "Standing", "from_sections", "to_sections"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Standing:
-    """Phase 2 after a pass, before any limit of the caller's is looked at."""
+class Standing(AfterPass):
+    """Of the trust region with normal equations."""
 
     state: State
     gate: Gate | None  # None until the first pass has been judged
     rival_costs: tuple[float, ...]  # in the first pass
-    precision: Precision
-    left_precision: str  # why a lower one was left, if it was
-    history: tuple[IterationRecord, ...]
-    accounts: tuple[Account, ...]
-    offending_leaves: tuple[int, ...]  # of the last pass
-    summary: RowSummary
-    bins: Float[np.ndarray, "bins four"]  # at the best point
     scores: ScoresPass | None = None  # at the end, for a sandwich covariance
 
 
@@ -53,6 +44,7 @@ class Snapshot:
     is_warm: bool = False
     warmup: Warmup | None = None  # None also where the model was finite at no start
     standing: Standing | None = None
+    newton: NewtonStanding | None = None  # in its place, where there are many parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +78,8 @@ def to_sections(snapshot: Snapshot) -> Sections:
     sections: Sections = {"warmup": _warmup_leaves(snapshot)}
     if snapshot.standing is not None:
         sections["passes"] = flatten(snapshot.standing)
+    if snapshot.newton is not None:
+        sections["newton"] = flatten(snapshot.newton)
     return sections
 
 
@@ -141,6 +135,7 @@ def from_sections(
         "k": problem.space.num_free,
         "n": problem.space.size,
         "clusters": problem.num_clusters,
+        "two": 2,
         "four": 4,
     }
     if "warmup_state" in sections:
@@ -152,24 +147,29 @@ def from_sections(
     if "warmup" not in sections:
         return None
     outcome = unflatten(_Outcome, sections["warmup"], lengths)
-    standing = None
+    standing = newton = None
     if "passes" in sections:
         standing = unflatten(Standing, sections["passes"], lengths)
-        _check(standing, outcome)
+        _check_history(standing)
+        if len(standing.rival_costs) != max(len(outcome.optima) - 1, 0):
+            raise CheckpointError("its optima and their costs do not match")
+    if "newton" in sections:
+        newton = unflatten(NewtonStanding, sections["newton"], lengths)
+        _check_history(newton)
+    if (standing if problem.plan.is_matrix_free else newton) is not None:
+        raise CheckpointError("it is of another way to fit than this problem's")
     return Snapshot(
         f_scale=outcome.f_scale,
         is_warm=True,
         warmup=_read_warmup(outcome, sections["warmup"], lengths["k"], config),
         standing=standing,
+        newton=newton,
     )
 
 
-def _check(standing: Standing, outcome: _Outcome) -> None:
-    """What the parts have to do with each other."""
+def _check_history(standing: AfterPass) -> None:
     if not standing.history or len(standing.history) != len(standing.accounts):
         raise CheckpointError("its passes and their history do not match")
-    if len(standing.rival_costs) != max(len(outcome.optima) - 1, 0):
-        raise CheckpointError("its optima and their costs do not match")
 
 
 def _read_warmup_state(leaves: dict[str, Leaf], k: int) -> WarmupState:

@@ -48,6 +48,7 @@ ORDER = [
     {"warmup", "matrix_free"},
     {"scale"},
     {"report", "identity"},
+    {"newton_standing"},
     {"snapshot"},
     {"journal"},
     {"ledger"},

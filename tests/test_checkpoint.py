@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint_run
+import config_rows_checkpoint
+import config_rows_many
 import problems
 from nlsq_dask import (
     AdaptiveHybridStreamingOptimizer,
@@ -253,6 +256,41 @@ def test_same_bits_where_another_optimum_wins_the_first_pass(tmp_path, monkeypat
     for at in range(1, len(whole.history) + 1):
         fit(stop_after(at), path)
         assert_same_bits(fit(resume_from_checkpoint=path), whole)
+
+
+@pytest.mark.parametrize("bounds", [None, {"c": (-0.1, 0.1)}])
+def test_same_bits_with_many_parameters(bounds, tmp_path):
+    """At trials and amid conjugate gradients."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 197, 80_000)
+    y = np.sin(x / 20) + 0.3 * rng.normal(size=x.size)
+    ds = xr.Dataset({"y": ("row", y)}, coords={"x": ("row", x)})
+    path = tmp_path / "run.h5"
+
+    def fit(callback=None, checkpoint=None, **more):
+        config = HybridStreamingConfig(cg_param_threshold=200, precision="mixed", **more)
+        return fit_dataset(
+            ds,
+            config_rows_many.cubic,
+            p0={"c": np.zeros(200)},
+            bounds=bounds,
+            config=config,
+            callback=callback,
+            checkpoint=checkpoint,
+        )
+
+    whole = fit()
+    kinds = [record.is_product for record in whole.history]
+    assert {True, False} == set(kinds)
+    for at in {1, 2, 3, len(kinds) - 1, len(kinds)}:
+        fit(stop_after(at), path)
+        again = fit(resume_from_checkpoint=path)
+        np.testing.assert_array_equal(again.popt, whole.popt)
+        assert again.cost == whole.cost
+        assert again.status is whole.status
+        assert again.num_passes == whole.num_passes
+        assert repr(again.diagnostics["chunks"]) == repr(whole.diagnostics["chunks"])
+        assert repr(again.diagnostics["sample"]) == repr(whole.diagnostics["sample"])
 
 
 # -- limits
@@ -495,23 +533,23 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": doubled}, "the model computes something else"),
     "names": (
         {"model": renamed, "p0": [1.0, 1.0, 0.0]},
-        r"the parameters was .*'?\"rate\".* and is .*speed",
+        r"the parameters: .*\"rate\".* in the checkpoint, .*\"speed\"",
     ),
     "start": (
         {"p0": {**problems.P0, "rate": 1.5}},
-        "`p0` of 'rate' was 1.0 in the checkpoint and is 1.5",
+        "`p0` of 'rate': 1.0 in the checkpoint, 1.5 now",
     ),
     "bounds": (
         {"bounds": {"rate": (0, 5)}},
-        "the lower bound of 'rate' was -inf in the checkpoint and is 0.0",
+        "the lower bound of 'rate': -inf in the checkpoint, 0.0 now",
     ),
-    "loss": ({"loss": "huber"}, "`loss` was linear in the checkpoint and is huber"),
-    "seed": ({"seed": 1}, "`seed` of the configuration was 0 in the checkpoint and is 1"),
+    "loss": ({"loss": "huber"}, "`loss`: linear in the checkpoint, huber now"),
+    "seed": ({"seed": 1}, "`seed` of the configuration: 0 in the checkpoint, 1 now"),
     "tolerance": ({"distance_tol": 1e-3}, "`distance_tol` of the configuration"),
     "precision": ({"precision": "mixed"}, "`precision` of the configuration"),
-    "rows": ({"data": make_data(1_999)}, "of the columns was"),
-    "type": ({"data": make_data(dtype=np.float32)}, "of the columns was"),
-    "sigma": ({"data": make_data(sigma=True), "sigma": "s"}, "of the columns was"),
+    "rows": ({"data": make_data(1_999)}, "of the columns: "),
+    "type": ({"data": make_data(dtype=np.float32)}, "of the columns: "),
+    "sigma": ({"data": make_data(sigma=True), "sigma": "s"}, "of the columns: "),
     "values": ({"data": make_data(seed=1)}, "the data have changed"),
     "one value": ({"data": make_data(last=1e-12)}, "the data have changed"),
 }
@@ -737,6 +775,28 @@ def test_any_damage_is_found(kept, tmp_path):
             read_checkpoint(path)
 
     check()
+
+
+def test_damage_that_has_the_right_digest_is_refused_or_read(kept, tmp_path):
+    """Someone who means ill can compute a digest; that must not take the process down."""
+    image = kept.read_bytes()
+
+    @settings(max_examples=50, deadline=None)
+    @given(place=st.integers(512, len(image) - 1), value=st.sampled_from([0, 1, 127, 255]))
+    def check(place, value):
+        damaged = bytearray(image)
+        damaged[place] = value
+        path = tmp_path / "run.h5"
+        path.write_bytes(seal(bytes(damaged)))
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(path)
+
+    check()
+
+
+@pytest.mark.parametrize("row", config_rows_checkpoint.ROWS, ids=lambda row: row[0])
+def test_every_option_changes_something(row):
+    assert row[1]()
 
 
 def test_it_is_an_hdf5_file_of_plain_numbers_and_text(kept):

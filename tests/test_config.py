@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import config_rows_checkpoint
 import config_rows_warmup
 from nlsq_dask import Chunk, FitResult, HybridStreamingConfig, Status, fit_dataset
 from problems import decay, make_decay
@@ -347,5 +348,6 @@ def test_every_field_has_its_row():
         *(name for name, _ in ROWS),
         *(name for name, *_ in FAULTS),
         *(name for name, _ in config_rows_warmup.ROWS),
+        *(name for name, _ in config_rows_checkpoint.ROWS),
     }
     assert covered == NAMES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,21 @@ from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["KernelSpec", "Kernels", "build_kernels", "row_statistics"]
+__all__ = [
+    "MAX_KERNELS",
+    "KernelSpec",
+    "Kernels",
+    "LatestSpec",
+    "build_kernels",
+    "row_statistics",
+    "share",
+]
 
 
-_MAX_KERNELS = 32
-_RECENT = Recent(_MAX_KERNELS)
+_Kernels = TypeVar("_Kernels")
+
+MAX_KERNELS = 32
+_RECENT = Recent(MAX_KERNELS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,15 +76,23 @@ class Kernels:
 
 def build_kernels(spec: KernelSpec) -> Kernels:
     """The jitted kernels of a problem; those of an equal one before it, where there was one."""
-    if spec.fingerprint is None:
-        return _Latest(spec).kernels
-    latest = _RECENT.get(spec.key, lambda: _Latest(spec))
-    latest.spec = spec
-    return latest.kernels
+    return share(_RECENT, spec, _build)
 
 
-class _Latest:
-    """Kernels, and the spec last asked for: what they are traced with for shapes yet to come.
+def _build(latest: LatestSpec) -> Kernels:
+    return Kernels(
+        normal_equations=latest.jit(_normal_equations, "precision"),
+        costs=latest.jit(_costs),
+        summary=latest.jit(_summary),
+        scores=latest.jit(_scores, "num_clusters"),
+        curvature=latest.jit(_curvature),
+        linearisation=latest.jit(_linearisation),
+        residuals=latest.jit(_residuals),
+    )
+
+
+class LatestSpec:
+    """The spec last asked for: what kernels are traced with for shapes yet to come.
 
     The spec that they were built for will not do: its model may close over what has been changed
     since, and would then no longer have the fingerprint by which it was found.
@@ -82,22 +100,29 @@ class _Latest:
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
-        self.kernels = Kernels(
-            normal_equations=self._jit(_normal_equations, "precision"),
-            costs=self._jit(_costs),
-            summary=self._jit(_summary),
-            scores=self._jit(_scores, "num_clusters"),
-            curvature=self._jit(_curvature),
-            linearisation=self._jit(_linearisation),
-            residuals=self._jit(_residuals),
-        )
 
-    def _jit(self, kernel: Callable[..., Any], *static: str) -> Callable[..., Any]:
+    def jit(self, kernel: Callable[..., Any], *static: str) -> Callable[..., Any]:
+        """Jit ``kernel(spec, …)`` as a function of the rest."""
+
         def traced(*arguments: Any, **options: Any) -> Any:
             return kernel(self.spec, *arguments, **options)
 
         traced.__name__ = kernel.__name__.lstrip("_")
         return jax.jit(traced, static_argnames=static)
+
+
+def share(recent: Recent, spec: KernelSpec, build: Callable[[LatestSpec], _Kernels]) -> _Kernels:
+    """Kernels of this spec, found among the recent ones by what they compute."""
+    if spec.fingerprint is None:
+        return build(LatestSpec(spec))
+
+    def build_pair() -> tuple[LatestSpec, _Kernels]:
+        latest = LatestSpec(spec)
+        return latest, build(latest)
+
+    latest, kernels = recent.get(spec.key, build_pair)
+    latest.spec = spec
+    return kernels
 
 
 def _normal_equations(

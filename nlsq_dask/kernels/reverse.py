@@ -6,7 +6,6 @@ nothing again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,16 +15,18 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float
 from nlsq_dask.config import Precision
-from nlsq_dask.kernels.build import KernelSpec, row_statistics
+from nlsq_dask.kernels.build import MAX_KERNELS, KernelSpec, LatestSpec, row_statistics, share
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import Tile, sum_tiles
 from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.normal_equations import CostGradient, CostSum, CurvatureProducts, RowStatistics
+from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
 __all__ = ["ReverseKernels", "build_reverse_kernels"]
 
+_RECENT = Recent(MAX_KERNELS)
 _MIN_DIAGONAL_TILES = 1024
 _MAX_DIAGONAL_ROWS = 64
 
@@ -40,11 +41,15 @@ class ReverseKernels:
 
 
 def build_reverse_kernels(spec: KernelSpec) -> ReverseKernels:
-    """Jit the kernels of a problem."""
+    """The jitted kernels of a problem; those of an equal one before it, where there was one."""
+    return share(_RECENT, spec, _build)
+
+
+def _build(latest: LatestSpec) -> ReverseKernels:
     return ReverseKernels(
-        gradient=jax.jit(functools.partial(_gradient, spec), static_argnames="precision"),
-        products=jax.jit(functools.partial(_products, spec), static_argnames="precision"),
-        diagonal=jax.jit(functools.partial(_diagonal, spec)),
+        gradient=latest.jit(_gradient, "precision"),
+        products=latest.jit(_products, "precision"),
+        diagonal=latest.jit(_diagonal),
     )
 
 

@@ -49,7 +49,7 @@ class Limits:
     radius: float = np.inf
 
 
-class _Direction(NamedTuple):
+class Direction(NamedTuple):
     """A direction taken, its image and its curvature."""
 
     vector: Vector
@@ -62,7 +62,7 @@ class _Move(NamedTuple):
 
     vector: Vector
     image: Vector
-    memory: tuple[_Direction, ...]  # to be conjugate to from here on
+    memory: tuple[Direction, ...]  # to be conjugate to from here on
     length: float | None  # of the direction, where it was one of plain conjugate gradients
 
 
@@ -79,7 +79,7 @@ class Conjugate:
     direction: Float[np.ndarray, " k"]
     length: float  # of the residual, √(rᵀM⁻¹r) where no bound interferes
     first_length: float
-    memory: tuple[_Direction, ...] = ()
+    memory: tuple[Direction, ...] = ()
     # Step lengths and squared residual lengths since the directions last started anew.
     lanczos: tuple[tuple[float, float], ...] = ()
     num_products: int = 0
@@ -234,7 +234,7 @@ def _along(state: Conjugate, residual: Vector, vector: Vector, image: Vector) ->
     length = min(best, room)
     if not np.isfinite(length):  # no curvature, and no bound ahead: for the trust region to end
         length = 1.0
-    memory = (_Direction(vector, image, curvature),) if length == best else ()
+    memory = (Direction(vector, image, curvature),) if length == best else ()
     return _Move(length * vector, length * image, memory, None)
 
 
@@ -251,7 +251,7 @@ def _conjugate_moves(state: Conjugate, residual: Vector, image: Vector) -> list[
     room = _room(state, state.step, vector)
     if length > room:  # clipped there; the face is another one from now on
         return [_Move(room * vector, room * image, (), None)]
-    memory = (*state.memory, _Direction(vector, image, curvature))
+    memory = (*state.memory, Direction(vector, image, curvature))
     return [_Move(length * vector, length * image, memory, length)]
 
 
@@ -266,7 +266,7 @@ def _snapping_move(
     best = float((residual - held_image) @ free) / curvature
     room = _room(state, state.step, free)
     length = min(max(best, 0.0), room)
-    memory = (_Direction(free, free_image, curvature),) if length == best else ()
+    memory = (Direction(free, free_image, curvature),) if length == best else ()
     return [_Move(held + length * free, held_image + length * free_image, memory, None)]
 
 
