@@ -16,6 +16,7 @@ import pytest
 import xarray as xr
 
 import config_rows_checkpoint
+import config_rows_many
 import config_rows_warmup
 from nlsq_dask import Chunk, FitResult, HybridStreamingConfig, Status, fit_dataset
 from problems import decay, make_decay
@@ -349,5 +350,6 @@ def test_every_field_has_its_row():
         *(name for name, *_ in FAULTS),
         *(name for name, _ in config_rows_warmup.ROWS),
         *(name for name, _ in config_rows_checkpoint.ROWS),
+        *(name for name, _ in config_rows_many.ROWS),
     }
     assert covered == NAMES
