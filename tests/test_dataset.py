@@ -133,7 +133,7 @@ def test_y_is_the_only_variable_left_over():
 def read_times(times, time_units=None, dims="r"):
     ds = xr.Dataset({"y": (dims, np.zeros(len(times)))}).assign({"when": (dims, times)})
     roles = DatasetRoles(x=("when",), y="y")
-    source, axes = build_dataset_source(ds, roles, time_units)
+    source, axes, _ = build_dataset_source(ds, roles, time_units)
     return source.read(0).x[0], axes["when"].units
 
 

@@ -67,7 +67,7 @@ def test_stores_keep_to_the_contract(store, tmp_path):
     else:
         ds.to_netcdf(path, engine="h5netcdf", encoding={"y": {"chunksizes": (8, 4)}})
     roles = DatasetRoles(x=("time", "s"), y="y", sigma="s")
-    source, axes = build_dataset_source(open_store(path), roles)
+    source, axes, _ = build_dataset_source(open_store(path), roles)
     plan, source = plan_leaves(source, choose_strategy(2), chunk_size=16)
     assert all(c % leaf == 0 for c, leaf in zip((8, 4), plan.leaf_shape, strict=True))
     assert axes["time"].units.startswith("days since 1970-01-01")
