@@ -155,10 +155,12 @@ class HybridStreamingConfig:
     trust_region_initial : float
         First radius, as a multiple of the scaled length of the start (Moré 1978).
     regularization_factor : float
-        Of the diagonal of the preconditioner of conjugate gradients, added to it.
+        Of the diagonal of the sample's Hessian, added to it where it preconditions conjugate
+        gradients.
     cg_max_iterations, cg_relative_tolerance, cg_absolute_tolerance
         Conjugate gradients, in each trial of a fit with many parameters: products (each a pass),
-        and the residual of the Newton system, relative and in units of the preconditioner.
+        and the residual of the Newton system as the preconditioner sees it, relative to the first
+        and in standard errors.
     cg_param_threshold : int
         Free parameters from which no n x n matrix is formed and conjugate gradients are used.
     enable_group_variance_regularization : bool

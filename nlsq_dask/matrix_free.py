@@ -1,13 +1,19 @@
 r"""Fits of many parameters: gradients and products, on a sample here and on all rows in passes.
 
 The preconditioner of a pass is the sample. At the same point its Gauss-Newton Hessian, scaled up
-to all rows, differs from theirs by sampling noise, so that a few steps of conjugate gradients
-bridge the two. The noise is what k parameters can make of m_s rows; as in Ledoit & Wolf (2004)
-it is shrunk towards the diagonal,
+to all rows, differs from theirs by sampling noise alone, however ill-conditioned both are: with 20
+rows for each parameter the eigenvalues of M⁻¹H are between about 0.5 and 2, and a few steps of
+conjugate gradients bridge the two.
 
-    M = (1 - α) (m / m_s) J_sᵀC J_s + α D + P + ε D,    α = k / (k + m_s),
+    M = E ((1 - α) (m / m_s) J_sᵀC J_s + (α + ε) D) E + P,
 
-with D the diagonal of the first term, P the penalties' Hessian and ε `regularization_factor`.
+with D the diagonal of the first term, P the penalties' Hessian and ε `regularization_factor`. A
+sample of fewer than 5 k rows is shrunk towards its diagonal, α = k / (k + m_s), as in Ledoit &
+Wolf (2004); a larger one is not, since α puts a floor under the small eigenvalues that H has not
+(α = 0.05 took 242 passes instead of 27 for sums of 2,000 steps). Where each parameter is seen by
+few rows, most of the noise is in the diagonal, and E scales it to what random vectors say of all
+rows: the first pass of products takes them along.
+
 M is never formed: each solve is one of conjugate gradients on the sample, preconditioned by its
 diagonal, and within the same bounds.
 """
@@ -45,6 +51,7 @@ __all__ = ["FullProducts", "SampleFit", "SampleProducts", "fit_sample"]
 
 _INNER_PRODUCTS = 500  # on the sample, in one solve with M
 _INNER_TOLERANCE = 1e-3  # of its residual: a pass costs more than a digit
+_ENOUGH_ROWS = 5  # of the sample, for each parameter
 _NUM_PROBES = 4  # random vectors that calibrate the preconditioner
 _MAX_RATIO = 3.0  # of a parameter's diagonal over all rows to the sample's
 _SAMPLE_PRODUCTS = 2000  # in each trial on the sample
@@ -193,7 +200,8 @@ class _ShrunkHessian:
         hessian, ratio = self.hessian, self.calibration.ratio
         root = np.ones(len(residual)) if ratio is None else np.sqrt(ratio)
         data = root**2 * hessian.data_diagonal
-        ridge = (self.shrinkage + self.regularization) * data
+        added = self.shrinkage + self.regularization
+        ridge = np.where(hessian.is_seen, added, 1.0) * data
         whole = (1 + self.regularization) * data + hessian.penalty_diagonal
 
         def product(vectors: Float[np.ndarray, "v k"]) -> Float[np.ndarray, "v k"]:
@@ -348,9 +356,9 @@ class FullProducts(Passes):
         return np.asarray(products[: len(vectors)] + hessian.penalty_products(vectors))
 
     def _shrinkage(self, num_free: int) -> float:
-        if self.sample.sample.is_everything:
-            return 0.0
-        return num_free / (num_free + self.products_of_sample.num_rows)
+        rows = self.products_of_sample.num_rows
+        is_enough = self.sample.sample.is_everything or rows >= _ENOUGH_ROWS * num_free
+        return 0.0 if is_enough else num_free / (num_free + rows)
 
     def _sample_hessian(self, params: Vector, num_rows: float) -> _SampleHessian:
         sample = self.products_of_sample

@@ -133,5 +133,7 @@ class Sums:
         return self.normal
 
     def __add__(self, other: Sums) -> Sums:
-        summed: Sums = jax.tree.map(np.add, self, other)
+        # A wild trial may overflow: its sums are then not finite, and it is refused.
+        with np.errstate(over="ignore", invalid="ignore"):
+            summed: Sums = jax.tree.map(np.add, self, other)
         return summed
