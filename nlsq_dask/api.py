@@ -20,7 +20,7 @@ from nlsq_dask.optimizer import (
     require_callback,
     require_config,
 )
-from nlsq_dask.parameters import (
+from nlsq_dask.parameters.space import (
     BoundsLike,
     ParameterSpace,
     StartsLike,
@@ -29,7 +29,7 @@ from nlsq_dask.parameters import (
 )
 from nlsq_dask.phases import NanPolicy
 from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback

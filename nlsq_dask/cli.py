@@ -32,7 +32,7 @@ from nlsq_dask._version import __version__
 from nlsq_dask.api import fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.losses import LOSSES
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["main", "ringdown"]

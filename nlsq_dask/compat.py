@@ -26,8 +26,8 @@ from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.cluster import require_client
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, open_spool, require_config
-from nlsq_dask.parameters import BoundsLike, StartsLike
-from nlsq_dask.result import FitResult
+from nlsq_dask.parameters.space import BoundsLike, StartsLike
+from nlsq_dask.results.result import FitResult
 from nlsq_dask.status import Status
 
 __all__ = [

@@ -12,8 +12,8 @@ import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.losses import LOSSES
-from nlsq_dask.parameters import ParameterSpace
-from nlsq_dask.penalties import Penalties, build_priors
+from nlsq_dask.parameters.penalties import Penalties, build_priors
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.problem import CovarianceKind
 
 __all__ = ["Criterion", "build_penalties"]

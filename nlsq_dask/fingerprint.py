@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nlsq_dask._typing import Array, Float, Shape, abstract
 from nlsq_dask.model import Model
-from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace
 
 __all__ = ["fingerprint_model"]
 

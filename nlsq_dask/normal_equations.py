@@ -57,7 +57,7 @@ class NormalEquations(CostSum):
     """Quadratic model of the cost, summed over some set of rows. Additive.
 
     The Jacobian is taken along `k` directions in parameter space, the columns of ``E R⁻¹``,
-    where `E` selects the free parameters and `R` whitens them (see ``whitening.py``):
+    where `E` selects the free parameters and `R` whitens them (see ``solvers/quadratic.py``):
     with near-orthonormal columns the gram keeps the digits that ``JᵀJ`` loses.
     """
 

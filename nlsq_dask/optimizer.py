@@ -25,7 +25,7 @@ from nlsq_dask.evaluate.reach import require_reach
 from nlsq_dask.fingerprint import fingerprint_model
 from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import check_traceable
-from nlsq_dask.parameters import (
+from nlsq_dask.parameters.space import (
     BoundsLike,
     ParameterSpace,
     StartsLike,
@@ -34,11 +34,11 @@ from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.result import FitResult
+from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
 from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.telemetry import Callback
 
 __all__ = [

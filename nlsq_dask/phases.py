@@ -13,28 +13,28 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from nlsq_dask._typing import Float, Vector
+from nlsq_dask.checkpoint.journal import Journal, open_journal
+from nlsq_dask.checkpoint.ledger import Ledger
 from nlsq_dask.config import HybridStreamingConfig, Precision
-from nlsq_dask.diagnostics import runs_of
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.journal import Journal, open_journal
-from nlsq_dask.ledger import Ledger
-from nlsq_dask.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.model import check_elementwise
-from nlsq_dask.objective import FullObjective, Passes, SampleObjective
+from nlsq_dask.objective.dense import FullObjective, Passes, SampleObjective
+from nlsq_dask.objective.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.problem import Problem
-from nlsq_dask.report import Course, Gate, ScoresPass, build_result
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.diagnostics import runs_of
+from nlsq_dask.results.report import Course, Gate, ScoresPass, build_result
+from nlsq_dask.results.result import FitResult
+from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample, draw_sample
-from nlsq_dask.scale import estimate_f_scale
-from nlsq_dask.session import Session
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.truncated_newton import NewtonState, TruncatedNewton
 from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback, IterationRecord
-from nlsq_dask.warmup import Warmup, equal_cost, warm_up
+from nlsq_dask.warmup.scale import estimate_f_scale
+from nlsq_dask.warmup.search import Warmup, equal_cost, warm_up
 
 __all__ = ["NanPolicy", "fit_problem"]
 

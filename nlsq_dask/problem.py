@@ -10,8 +10,8 @@ import numpy as np
 from nlsq_dask._typing import Float
 from nlsq_dask.kernels.build import KernelSpec
 from nlsq_dask.model import Model
-from nlsq_dask.parameters import ParameterSpace
-from nlsq_dask.penalties import Penalties
+from nlsq_dask.parameters.penalties import Penalties
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.plan import Plan
 from nlsq_dask.sources.base import Source
 from nlsq_dask.terms import RowTerms

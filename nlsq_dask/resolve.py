@@ -12,7 +12,7 @@ from zarr.abc.store import Store as ZarrStore
 
 from nlsq_dask._typing import ModelFunction
 from nlsq_dask.model import Model, build_model, parameter_names, require_jac, unwrap_jit
-from nlsq_dask.parameters import (
+from nlsq_dask.parameters.space import (
     BoundsLike,
     ParameterSpace,
     StartsLike,

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from config_rows_warmup import GOOD, POOR, fit
-from nlsq_dask.defense import (
+from nlsq_dask.warmup.defense import (
     DefenseLayerTelemetry,
     DefenseRecord,
     get_defense_telemetry,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlsq_dask import HybridStreamingConfig, fit_dataset
-from nlsq_dask.multistart import draw_candidates, hold_tournament
+from nlsq_dask.warmup.multistart import draw_candidates, hold_tournament
 
 P0 = np.array([2.0, 0.0, -4.0])
 FREE = np.full(3, -np.inf), np.full(3, np.inf)

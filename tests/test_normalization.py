@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlsq_dask.normalization import build_normalizer
+from nlsq_dask.warmup.normalization import build_normalizer
 
 INF = np.inf
 P0 = np.array([2.0, -3.0, 0.0, 5.0])

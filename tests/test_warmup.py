@@ -14,8 +14,8 @@ import xarray as xr
 import problems
 from config_rows_warmup import GOOD, POOR, ROWS, fit, warmup_of
 from nlsq_dask import HybridStreamingConfig, Status, fit_dataset, phases
-from nlsq_dask.warmup import warm_up
-from nlsq_dask.warmup_state import WarmupState
+from nlsq_dask.warmup.search import warm_up
+from nlsq_dask.warmup.state import WarmupState
 
 
 @pytest.mark.parametrize(("field", "shows"), ROWS, ids=[field for field, _ in ROWS])

@@ -17,7 +17,7 @@ from nlsq_dask.kernels.tiles import Tile, sum_tiles, whole_tile
 from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, RowSummary, ScoreSums
-from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms

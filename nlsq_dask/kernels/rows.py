@@ -13,7 +13,7 @@ from nlsq_dask.config import Precision
 from nlsq_dask.kernels.tiles import Tile
 from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
-from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.terms import RowTerms
 
 __all__ = ["LinearisedRows", "linearise", "residual_function", "row_costs"]

@@ -15,7 +15,7 @@ from scipy.optimize import Bounds
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import LengthError
-from nlsq_dask.ties import Tie, order_ties
+from nlsq_dask.parameters.ties import Tie, order_ties
 
 __all__ = [
     "BoundsLike",
@@ -204,7 +204,7 @@ def build_parameter_space(
     fixed : iterable of str
         Parameters held at their start.
     ties : mapping, optional
-        Parameters that are functions of others: see `nlsq_dask.ties`.
+        Parameters that are functions of others: see `nlsq_dask.parameters.ties`.
     start_within : callable, optional
         ``(lower, upper) -> start`` for parameters given nowhere; 1 clipped into the bounds
         by default.

@@ -13,28 +13,28 @@ import numpy as np
 from nlsq_dask._typing import Array, Float
 from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.covariance import (
+from nlsq_dask.evaluate.base import Account, Evaluator
+from nlsq_dask.normal_equations import ScoreSums
+from nlsq_dask.objective.dense import Passes
+from nlsq_dask.objective.matrix_free import SampleFit
+from nlsq_dask.objective.penalised import penalty_gram
+from nlsq_dask.problem import Problem
+from nlsq_dask.results.covariance import (
     Covariance,
     estimate_covariance,
     no_covariance,
     sandwich,
     small_sample_factor,
 )
-from nlsq_dask.diagnostics import check_fit, describe_bins
-from nlsq_dask.evaluate.base import Account, Evaluator
-from nlsq_dask.matrix_free import SampleFit
-from nlsq_dask.normal_equations import ScoreSums
-from nlsq_dask.objective import Passes
-from nlsq_dask.penalised import penalty_gram
-from nlsq_dask.problem import Problem
-from nlsq_dask.result import FitResult
+from nlsq_dask.results.diagnostics import check_fit, describe_bins
+from nlsq_dask.results.result import FitResult
+from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample
-from nlsq_dask.session import Session
 from nlsq_dask.solvers.truncated_newton import NewtonState
 from nlsq_dask.solvers.trust_region import State
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
-from nlsq_dask.warmup import Warmup
+from nlsq_dask.warmup.search import Warmup
 
 __all__ = ["Course", "Gate", "ScoresPass", "build_result"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.flat import Leaf
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 from nlsq_dask.sources.grid import GridSource

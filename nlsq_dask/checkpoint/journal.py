@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nlsq_dask._version import __version__
-from nlsq_dask.checkpoint import (
+from nlsq_dask.checkpoint.file import (
     Sections,
     local_path,
     read_checkpoint,
     require_writable,
     write_checkpoint,
 )
+from nlsq_dask.checkpoint.flat import Leaf
+from nlsq_dask.checkpoint.identity import identify, require_same, require_same_sample, sample_digest
+from nlsq_dask.checkpoint.snapshot import Snapshot, from_sections, to_sections
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.flat import Leaf
-from nlsq_dask.identity import identify, require_same, require_same_sample, sample_digest
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
-from nlsq_dask.snapshot import Snapshot, from_sections, to_sections
 
 __all__ = ["Journal", "open_journal"]
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask._typing import Float
-from nlsq_dask.checkpoint import Sections
+from nlsq_dask.checkpoint.file import Sections
+from nlsq_dask.checkpoint.flat import Leaf, flatten, unflatten
+from nlsq_dask.checkpoint.newton_standing import AfterPass, NewtonStanding
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.defense import DefenseLayerTelemetry
-from nlsq_dask.descents import Progress, defense_record
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.flat import Leaf, flatten, unflatten
-from nlsq_dask.newton_standing import AfterPass, NewtonStanding
-from nlsq_dask.normalization import ParameterNormalizer
 from nlsq_dask.problem import Problem
-from nlsq_dask.report import Gate, ScoresPass
+from nlsq_dask.results.report import Gate, ScoresPass
 from nlsq_dask.solvers.trust_region import State
-from nlsq_dask.warmup import Optimum, Warmup
-from nlsq_dask.warmup_state import WarmupState
+from nlsq_dask.warmup.defense import DefenseLayerTelemetry
+from nlsq_dask.warmup.descents import Progress, defense_record
+from nlsq_dask.warmup.normalization import ParameterNormalizer
+from nlsq_dask.warmup.search import Optimum, Warmup
+from nlsq_dask.warmup.state import WarmupState
 
 __all__ = ["Snapshot", "Standing", "from_sections", "to_sections"]
 

@@ -13,8 +13,8 @@ import numpy as np
 from nlsq_dask._typing import Float
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import Account
-from nlsq_dask.matrix_free import FullProducts, SampleFit
 from nlsq_dask.normal_equations import CostGradient, RowSummary
+from nlsq_dask.objective.matrix_free import FullProducts, SampleFit
 from nlsq_dask.solvers.acceptance import Progress
 from nlsq_dask.solvers.conjugate import Conjugate, Direction
 from nlsq_dask.solvers.truncated_newton import NewtonState, Slope

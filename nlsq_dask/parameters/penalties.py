@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask._typing import Array, Float, Int, Vector
-from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace
 
 __all__ = ["Penalties", "PenaltyRows", "build_priors"]
 

@@ -9,9 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from nlsq_dask._typing import Float
-from nlsq_dask.descents import Descent, Progress
-from nlsq_dask.multistart import Round, Tournament
 from nlsq_dask.solvers.lbfgs import Carry, Ending
+from nlsq_dask.warmup.descents import Descent, Progress
+from nlsq_dask.warmup.multistart import Round, Tournament
 
 __all__ = ["WarmupState"]
 

@@ -11,7 +11,7 @@ import scipy.linalg
 
 from nlsq_dask._typing import Float
 from nlsq_dask.errors import DataError
-from nlsq_dask.session import Session
+from nlsq_dask.results.session import Session
 from nlsq_dask.solvers.end_point import EndPointSearch, EndStatus, Trace
 from nlsq_dask.solvers.minimize import Evaluate
 from nlsq_dask.solvers.quadratic import QuadraticModel, build_quadratic, next_whitening

@@ -20,8 +20,14 @@ import numpy as np
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.defense import DefenseLayerTelemetry, get_defense_telemetry
-from nlsq_dask.descents import (
+from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.solvers.lbfgs import Ending
+from nlsq_dask.solvers.minimize import minimize
+from nlsq_dask.solvers.quadratic import next_whitening
+from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
+from nlsq_dask.status import Status
+from nlsq_dask.warmup.defense import DefenseLayerTelemetry, get_defense_telemetry
+from nlsq_dask.warmup.descents import (
     Descent,
     Descents,
     OnIteration,
@@ -29,15 +35,9 @@ from nlsq_dask.descents import (
     data_spread,
     defense_record,
 )
-from nlsq_dask.multistart import Tournament, hold_tournament
-from nlsq_dask.normalization import ParameterNormalizer, build_normalizer
-from nlsq_dask.objective import SampleObjective
-from nlsq_dask.solvers.lbfgs import Ending
-from nlsq_dask.solvers.minimize import minimize
-from nlsq_dask.solvers.quadratic import next_whitening
-from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
-from nlsq_dask.status import Status
-from nlsq_dask.warmup_state import WarmupState
+from nlsq_dask.warmup.multistart import Tournament, hold_tournament
+from nlsq_dask.warmup.normalization import ParameterNormalizer, build_normalizer
+from nlsq_dask.warmup.state import WarmupState
 
 __all__ = ["OnState", "Optimum", "Warmup", "equal_cost", "warm_up"]
 

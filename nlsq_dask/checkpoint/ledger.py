@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask._typing import Vector
+from nlsq_dask.checkpoint.journal import Journal
+from nlsq_dask.checkpoint.newton_standing import AfterPass, NewtonStanding
+from nlsq_dask.checkpoint.snapshot import Snapshot, Standing
 from nlsq_dask.evaluate.base import Pass
-from nlsq_dask.journal import Journal
-from nlsq_dask.matrix_free import FullProducts, SampleFit
-from nlsq_dask.newton_standing import AfterPass, NewtonStanding
 from nlsq_dask.normal_equations import CurvatureProducts
-from nlsq_dask.objective import FullObjective, Passes
-from nlsq_dask.report import Gate, ScoresPass
-from nlsq_dask.snapshot import Snapshot, Standing
+from nlsq_dask.objective.dense import FullObjective, Passes
+from nlsq_dask.objective.matrix_free import FullProducts, SampleFit
+from nlsq_dask.results.report import Gate, ScoresPass
 from nlsq_dask.solvers.truncated_newton import NewtonState
 from nlsq_dask.solvers.trust_region import State
 from nlsq_dask.telemetry import IterationRecord
-from nlsq_dask.warmup import Warmup
-from nlsq_dask.warmup_state import WarmupState
+from nlsq_dask.warmup.search import Warmup
+from nlsq_dask.warmup.state import WarmupState
 
 __all__ = ["Ledger"]
 

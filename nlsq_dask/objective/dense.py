@@ -22,8 +22,8 @@ from nlsq_dask.kernels.reverse import ReverseKernels
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import whole_tile
 from nlsq_dask.normal_equations import RowSummary, Sums
-from nlsq_dask.penalised import evaluation_of
-from nlsq_dask.penalties import PenaltyRows
+from nlsq_dask.objective.penalised import evaluation_of
+from nlsq_dask.parameters.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample

@@ -34,8 +34,8 @@ from typing import Any, BinaryIO, TypeAlias
 import h5py
 import numpy as np
 
+from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.flat import Leaf
 
 __all__ = [
     "FORMAT_VERSION",

@@ -15,11 +15,11 @@ import xarray as xr
 
 from nlsq_dask._typing import Float, Shape, Vector
 from nlsq_dask.errors import CovarianceError, SessionError
-from nlsq_dask.profile import EndPoint, Minimum, profile_ends
-from nlsq_dask.residuals import Residuals
-from nlsq_dask.session import Session
+from nlsq_dask.results.profile import EndPoint, Minimum, profile_ends
+from nlsq_dask.results.residuals import Residuals
+from nlsq_dask.results.session import Session
+from nlsq_dask.results.streaming import streaming_diagnostics
 from nlsq_dask.status import Status
-from nlsq_dask.streaming import streaming_diagnostics
 from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["FitResult"]

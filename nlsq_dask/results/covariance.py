@@ -18,7 +18,7 @@ import scipy.linalg
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.normal_equations import ScoreSums
-from nlsq_dask.parameters import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.solvers.quadratic import Spectrum, rank_tolerance, spectrum_of
 
 __all__ = ["Covariance", "estimate_covariance", "no_covariance", "sandwich", "small_sample_factor"]

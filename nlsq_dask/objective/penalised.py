@@ -9,7 +9,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.normal_equations import CostGradient, NormalEquations
-from nlsq_dask.penalties import PenaltyRows
+from nlsq_dask.parameters.penalties import PenaltyRows
 from nlsq_dask.problem import Problem
 from nlsq_dask.solvers.trust_region import Evaluation
 

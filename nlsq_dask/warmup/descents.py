@@ -17,13 +17,13 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.defense import DefenseRecord
-from nlsq_dask.normalization import ParameterNormalizer
-from nlsq_dask.objective import SampleObjective
-from nlsq_dask.parameters import strictly_inside
+from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.parameters.space import strictly_inside
 from nlsq_dask.solvers.lbfgs import Carry, DescentOptions, Ending, begin, iterate
 from nlsq_dask.sources.base import selected_rows
 from nlsq_dask.telemetry import IterationRecord
+from nlsq_dask.warmup.defense import DefenseRecord
+from nlsq_dask.warmup.normalization import ParameterNormalizer
 
 __all__ = ["Descent", "Descents", "OnIteration", "OnProgress", "Progress", "data_spread"]
 

@@ -16,8 +16,8 @@ from scipy.stats import qmc
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.objective import SampleObjective
-from nlsq_dask.parameters import strictly_inside
+from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.parameters.space import strictly_inside
 
 __all__ = ["Round", "Tournament", "draw_candidates", "hold_tournament"]
 

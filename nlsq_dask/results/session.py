@@ -11,7 +11,7 @@ import numpy as np
 from nlsq_dask._typing import Float
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Evaluator, Request
-from nlsq_dask.penalised import evaluation_of
+from nlsq_dask.objective.penalised import evaluation_of
 from nlsq_dask.problem import Problem
 from nlsq_dask.solvers.trust_region import Evaluation
 from nlsq_dask.terms import RowTerms

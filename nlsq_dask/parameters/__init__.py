@@ -1,0 +1,1 @@
+"""Parameters: names, shapes, starts and bounds; ties between them; priors and penalties on them."""

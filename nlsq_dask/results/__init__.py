@@ -1,0 +1,1 @@
+"""What a fit says: parameters, their uncertainty, diagnostics, and more on request."""
