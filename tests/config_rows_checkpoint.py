@@ -12,7 +12,7 @@ import xarray as xr
 
 import problems
 from nlsq_dask import FitResult, HybridStreamingConfig, fit_dataset
-from nlsq_dask import journal as journal_module
+from nlsq_dask.checkpoint import journal as journal_module
 from nlsq_dask.checkpoint.file import read_checkpoint, write_checkpoint
 
 Row = tuple[str, Callable[[], bool]]

@@ -32,7 +32,7 @@ from nlsq_dask import (
     curve_fit,
     fit_dataset,
 )
-from nlsq_dask import checkpoint as checkpoint_file
+from nlsq_dask.checkpoint import file as checkpoint_file
 from nlsq_dask.checkpoint.file import read_checkpoint, write_checkpoint
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.evaluate.local import LocalEvaluator

@@ -295,3 +295,17 @@ def test_a_lower_cost_on_the_way_is_said():
     trace = search.update(trace, with_cost(evaluate(trace.trial, trace.whitening), 4.0))
     assert trace.status is EndStatus.NOT_A_MINIMUM
     np.testing.assert_allclose(trace.params, 2.0)
+
+
+def test_a_tied_parameter_has_no_profile_of_its_own():
+    t, y = problems.make_decay(2_000)
+    ds = xr.Dataset({"y": ("t", y)}, coords={"t": t})
+    result = fit_dataset(ds, problems.decay, ties={"offset": lambda amplitude: 0.05 * amplitude})
+    interval = result.confidence_interval(method="profile")
+    assert interval.sel(param="offset").isnull().all()
+    assert interval.status.sel(param="offset", side="lower") == "TIED"
+    asymptotic = result.confidence_interval()
+    free = ["amplitude", "rate"]
+    np.testing.assert_allclose(
+        interval.sel(param=free), asymptotic.sel(param=free), atol=0.1 * result.perr.max()
+    )

@@ -112,6 +112,7 @@ def check_fit(
     bins: Float[np.ndarray, "bins 4"],
     runs: Float[np.ndarray, "runs 4"],
     is_linear_loss: bool,
+    is_clustered: bool,
 ) -> tuple[Checks, list[str]]:
     """The checks, and sentences on what worries.
 
@@ -137,7 +138,7 @@ def check_fit(
             f"the residuals' mean is {mean:.3g}, {abs(mean) / np.sqrt(variance / rows):.1f} of its "
             "standard errors from zero: the model may lack an offset"
         )
-    if scatter > 1 + _MANY_SIGMAS * noise:
+    if scatter > 1 + _MANY_SIGMAS * noise and not is_clustered:
         texts.append(
             f"the residuals' means by chunk scatter {scatter:.1f} times as much as independent "
             "residuals would: neighbouring residuals depend on each other or the model misses a "

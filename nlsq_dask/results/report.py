@@ -167,18 +167,20 @@ def _checks(
     course: Course, state: State | NewtonState, covariance: Covariance
 ) -> tuple[dict[str, Any], list[str]]:
     space = course.problem.space
-    free_names = [name for name, free in zip(space.labels, space.is_free, strict=True) if free]
+    free_names = tuple(np.array(space.labels)[space.is_free].tolist())
+    free = np.ix_(space.is_free, space.is_free)
     checks, texts = check_fit(
         start_cost=course.start_cost,
         end_cost=course.end_cost,
         cosines=dict(zip(free_names, map(float, state.cosines), strict=True)),
         condition_number=covariance.condition_number,
         rank=covariance.rank,
-        covariance=covariance.matrix,
-        names=space.labels,
+        covariance=None if covariance.matrix is None else covariance.matrix[free],
+        names=free_names,
         bins=course.full.bins_at(state.params),
         runs=course.runs,
         is_linear_loss=course.problem.loss == "linear",
+        is_clustered=course.problem.covariance == "clustered",
     )
     if covariance.matrix is None:
         texts.append(

@@ -286,7 +286,7 @@ class FitResult(Mapping[str, Any]):
             Dimensions ``param`` and ``side`` (lower, upper). By profile also a coordinate
             ``status``, what is at each end, and ``attrs["num_passes"]``. An end is at the
             parameter's bound where the profile does not reach the threshold before, and infinite
-            where it does not within 100 standard errors.
+            where it does not within 100 standard errors. Tied parameters have none (NaN).
 
         Raises
         ------
@@ -338,8 +338,8 @@ class FitResult(Mapping[str, Any]):
                 "method='profile' must have every free parameter determined by the data, got the "
                 f"standard errors {perr}; fix or remove parameters"
             )
-        # Fixed parameters have no profile, and none has where the model fits exactly.
-        searched = [i for i in chosen if perr[i] > 0]
+        # Fixed and tied parameters have no profile, and none has where the model fits exactly.
+        searched = [i for i in chosen if perr[i] > 0 and self.is_free[i]]
         minimum = Minimum(
             params=self.popt[self.is_free],
             covariance=pcov[free],
@@ -355,18 +355,23 @@ class FitResult(Mapping[str, Any]):
             chosen,
             np.array(
                 [
-                    [end.value for end in found[i]] if i in found else [self.popt[i]] * 2
+                    [end.value for end in found[i]] if i in found else [self._held_value(i)] * 2
                     for i in chosen
                 ]
             ),
         )
+        held = {i: "TIED" if self.is_tied[i] else "FIXED" for i in chosen}
         status = [
-            [end.status.name for end in found[i]] if i in found else ["FIXED"] * 2 for i in chosen
+            [end.status.name for end in found[i]] if i in found else [held[i]] * 2 for i in chosen
         ]
         num_passes = 1 + sum(end.num_passes for pair in found.values() for end in pair)
         return interval.assign_coords(status=(("param", "side"), status)).assign_attrs(
             num_passes=num_passes
         )
+
+    def _held_value(self, index: int) -> float:
+        """Both ends of the interval of a parameter that no profile goes along."""
+        return np.nan if self.is_tied[index] else float(self.popt[index])
 
     def _warn_of_no_end(self, index: int, pair: tuple[EndPoint, EndPoint]) -> None:
         for side, end in zip(("lower", "upper"), pair, strict=True):
