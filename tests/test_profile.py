@@ -309,3 +309,11 @@ def test_a_tied_parameter_has_no_profile_of_its_own():
     np.testing.assert_allclose(
         interval.sel(param=free), asymptotic.sel(param=free), atol=0.1 * result.perr.max()
     )
+
+
+def test_a_robust_loss_has_no_likelihood():
+    t, y = problems.make_decay(500)
+    ds = xr.Dataset({"y": ("t", y)}, coords={"t": t})
+    result = fit_dataset(ds, problems.decay, loss="huber")
+    with pytest.raises(ValueError, match="no likelihood"):
+        result.confidence_interval(method="profile")

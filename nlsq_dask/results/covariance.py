@@ -89,8 +89,10 @@ def estimate_covariance(
 
 def _classical(spectrum: Spectrum, scale: Vector, variance: float) -> Float[np.ndarray, "k k"]:
     kept = spectrum.is_identified
-    half = spectrum.right[kept] / spectrum.values[kept, None] / scale
-    return np.asarray(half.T @ half * (variance if np.isfinite(variance) else 1.0))
+    # On a plateau a variance may be beyond all numbers: infinite is what it is then.
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = spectrum.right[kept] / spectrum.values[kept, None] / scale
+        return np.asarray(half.T @ half * (variance if np.isfinite(variance) else 1.0))
 
 
 def _over_all(

@@ -292,7 +292,7 @@ class FitResult(Mapping[str, Any]):
         ------
         ValueError
             If `level`, `method` or `params` is not as above; by profile, if the data do not
-            determine every free parameter.
+            determine every free parameter, or the loss is robust.
         SessionError
             By profile, if the result came from a file or another process.
         DataError
@@ -331,6 +331,11 @@ class FitResult(Mapping[str, Any]):
 
     def _profile_interval(self, chosen: Sequence[int], width: float) -> xr.DataArray:
         session = self.require_session("A profile")
+        if self.loss != "linear":
+            raise ValueError(
+                "method='profile' must go with loss='linear': the cost of a robust loss is no "
+                f"likelihood to hold a threshold against, got loss={self.loss!r}"
+            )
         pcov, perr = self._require_covariance("A profile")
         free = np.ix_(self.is_free, self.is_free)
         if not np.isfinite(pcov[free]).all():

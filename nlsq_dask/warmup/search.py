@@ -13,7 +13,7 @@ goes on to the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -44,7 +44,8 @@ __all__ = ["OnState", "Optimum", "Warmup", "equal_cost", "warm_up"]
 _NUM_SCATTERED = 64  # around p0
 _NUM_DESCENTS = 4  # of the scattered starts, beside p0
 _MAX_OPTIMA = 4  # that compete on all data
-_MAX_SAMPLE_ITERATIONS = 1000
+_MAX_SAMPLE_ITERATIONS = 300  # from each start
+_MAX_BEST_ITERATIONS = 5000  # from there on for the best: narrow valleys take thousands
 _SAMPLE_DISTANCE_TOL = 1e-7  # in the sample: equivalent optima must have equal cost on all data
 _DISTINCT_DISTANCE = 3.0  # standard errors of the sample
 _EQUAL_COST = 1e-3  # of a row's: less says nothing, and p0 was the user's choice
@@ -156,7 +157,8 @@ class _Search:
         finite = [state for state in states if state is not None]
         if not finite:
             return None
-        optima = self._distinct(finite)
+        finite.sort(key=lambda state: state.cost)
+        optima = self._distinct([self._finish(finite[0]), *finite[1:]])
         agree, rivals = self._compare_halves(optima[0])
         kept = (*optima, *rivals)[:_MAX_OPTIMA]
         return Warmup(
@@ -293,6 +295,18 @@ class _Search:
         state = minimize(evaluate, solver, solver.init(evaluate(start, whitening)))
         self._num_evaluations += state.num_trials + 1
         return None if state.status is Status.NOT_FINITE else state
+
+    def _finish(self, state: State) -> State:
+        """The best state, if all it lacked was iterations."""
+        solver = TrustRegion(
+            bounds=self._bounds,
+            tolerances=replace(self._tolerances, max_iterations=_MAX_BEST_ITERATIONS),
+            initial_radius=self._config.trust_region_initial,
+        )
+        before = state.num_trials
+        state = minimize(self._objective.on(self._everything), solver, solver.resume(state))
+        self._num_evaluations += state.num_trials - before
+        return state
 
     # -- optima
 
