@@ -28,6 +28,7 @@ __all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory", "kernel_bytes"]
 
 _Value = TypeVar("_Value")
 
+_MOST_VECTORS = 6  # in one pass: both parts of a direction, and four that calibrate
 CACHE_SHARE = 0.4  # of a process's memory limit, at most
 
 
@@ -143,7 +144,7 @@ def kernel_bytes(home: ProblemHome) -> int:
     if problem.plan.is_matrix_free:
         kernels = [
             (home.reverse.gradient, (params, terms, chunk)),
-            (home.reverse.products, (params, abstract((2, n)), terms, chunk)),
+            (home.reverse.products, (params, abstract((_MOST_VECTORS, n)), terms, chunk)),
         ]
     known = home.kernels.temporary_bytes
     for kernel, arguments in kernels:

@@ -237,7 +237,7 @@ class TruncatedNewton:
             params=params,
             evaluation=evaluation,
             conjugate=conjugate,
-            step=replace(state.step, active=conjugate.active | _held(conjugate)),
+            step=replace(state.step, active=conjugate.is_snapping),
             residual_scale=scale,
             distance=_in_standard_errors(length, scale),
         )
@@ -311,10 +311,6 @@ class TruncatedNewton:
         normal = evaluation.normal
         dof = int(normal.num_rows) - len(evaluation.params)
         return residual_scale(self.tolerances, float(normal.cost) - evaluation.penalty_cost, dof)
-
-
-def _held(conjugate: Conjugate) -> Bool[np.ndarray, " k"]:
-    return conjugate.is_snapping
 
 
 def _in_standard_errors(length: float, scale: float) -> float:
