@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import scipy.optimize
 
-from nlsq_dask._typing import ModelFunction, Shape, Vector
+from nlsq_dask._typing import Float, ModelFunction, Shape, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
@@ -40,6 +40,7 @@ from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.telemetry import Callback
+from nlsq_dask.warmup.normalization import ParameterNormalizer
 
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
@@ -267,21 +268,22 @@ class AdaptiveHybridStreamingOptimizer:
         }
 
     @property
-    def normalizer(self) -> Any:
-        """The `ParameterNormalizer` of the warmup; None before a fit, or without one."""
-        return self._diagnostics.get("warmup", {}).get("normalizer")
+    def normalizer(self) -> ParameterNormalizer | None:
+        """That of the warmup, over the free parameters; None before a fit, or without a warmup."""
+        described = self._diagnostics.get("warmup", {}).get("normalization")
+        return None if described is None else ParameterNormalizer(**described)
 
     @property
-    def normalized_bounds(self) -> Any:
+    def normalized_bounds(self) -> tuple[Vector, Vector] | None:
         """The bounds in the warmup's normalized parameters."""
         normalizer = self.normalizer
         return None if normalizer is None else normalizer.bounds
 
     @property
-    def normalization_jacobian(self) -> Any:
-        """The derivative of the parameters by the normalized ones."""
+    def normalization_jacobian(self) -> Float[np.ndarray, "k k"] | None:
+        """``D``, the derivative of the free parameters by the normalized ones."""
         normalizer = self.normalizer
-        return None if normalizer is None else normalizer.jacobian
+        return None if normalizer is None else np.diag(normalizer.jacobian)
 
     @property
     def best_params_global(self) -> Vector | None:

@@ -162,7 +162,7 @@ class _Fit:
         start = time.perf_counter()
         state = self._descend(full, self._pass_gate(full, self._begin(full)))
         self._seconds["passes"] = time.perf_counter() - start
-        scores = self._timed("scores", lambda: self._scores(full, state))
+        scores = self._timed("covariance", lambda: self._scores(full, state))
         self._ledger.enter_end(full, state, scores)
         return _Found(full=full, state=state, scores=scores)
 

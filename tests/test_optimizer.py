@@ -304,3 +304,18 @@ def test_callback_sees_each_pass():
 def test_curve_fit_goes_the_same_way():
     popt, _ = curve_fit(problems.decay, T, Y, START, method="hybrid_streaming")
     np.testing.assert_array_equal(popt, curve_fit(problems.decay, T, Y, START)[0])
+
+
+def test_the_normalizer_of_the_last_fit_is_that_of_its_warmup():
+    optimizer = AdaptiveHybridStreamingOptimizer()
+    assert optimizer.normalizer is None
+    t = np.linspace(0.0, 10.0, 200)
+    y = 2.0 * np.exp(-0.5 * t)
+    optimizer.fit(
+        (t, y), lambda x, a, b: a * jnp.exp(-b * x), [1.5, 0.4], ([0, -np.inf], [4, np.inf])
+    )
+    lower, upper = optimizer.normalized_bounds
+    np.testing.assert_allclose(lower, [0.0, -np.inf])
+    np.testing.assert_allclose(upper, [1.0, np.inf])
+    np.testing.assert_allclose(optimizer.normalization_jacobian, np.diag([4.0, 0.4]))
+    np.testing.assert_allclose(optimizer.normalizer.normalize(np.array([2.0, 0.4])), [0.5, 1.0])

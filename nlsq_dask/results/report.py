@@ -303,6 +303,8 @@ def _describe_warmup(course: Course) -> dict[str, Any]:
             "strategy": normalizer.strategy,
             "offset": normalizer.offset,
             "scale": normalizer.scale,
+            "lower": normalizer.lower,
+            "upper": normalizer.upper,
         },
         "was_stopped": warmup.was_stopped,
     }
