@@ -109,6 +109,8 @@ ARGUMENTS = {
     "ties in a list": ({"ties": ["b"]}, TypeError, "`ties`", "['b']"),
     "tie of no parameter": ({"ties": {"q": lambda a: a}}, ValueError, "`ties`", "'q'"),
     "tie to no parameter": ({"ties": {"b": lambda q: q}}, ValueError, "`ties['b']`", "'q'"),
+    "tie by NumPy": ({"ties": {"b": lambda a: np.sin(a)}}, TypeError, "`ties['b']`", "jax.numpy"),
+    "tie that raises": ({"ties": {"b": lambda a: a.no}}, TypeError, "`ties['b']`", "'no'"),
     "tie to itself": ({"ties": {"b": lambda b: b}}, ValueError, "`ties`", "circle"),
     "ties in a circle": (
         {"ties": {"b": lambda a: a, "a": lambda b: b}},

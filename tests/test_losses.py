@@ -335,7 +335,7 @@ def test_ties_depend_on_ties_and_on_fixed_parameters():
         model,
         fixed=("a",),
         p0={"a": 2.0, "b": 0.4},
-        ties={"d": lambda c: 2 * c, "c": lambda a, b: 0.05 * a + 0 * b},
+        ties={"d": lambda c, twice=2: twice * c, "c": lambda a, b: 0.05 * a + 0 * b},
     )
     assert result["c"] == pytest.approx(0.1)
     assert result["d"] == pytest.approx(0.2)

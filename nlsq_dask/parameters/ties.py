@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nlsq_dask._typing import Array
+from nlsq_dask.errors import UntraceableModelError
 
 __all__ = ["Tie", "order_ties"]
 
@@ -26,7 +27,13 @@ class Tie:
     function: Callable[..., Any]
 
     def __call__(self, values: Mapping[str, Array]) -> Any:
-        return self.function(*(values[name] for name in self.arguments))
+        try:
+            return self.function(**{name: values[name] for name in self.arguments})
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UntraceableModelError(
+                f"`ties[{self.parameter!r}]` must be traceable by JAX: write it with `jax.numpy`. "
+                f"Calling it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            ) from error
 
 
 def order_ties(
@@ -63,13 +70,8 @@ def order_ties(
             raise ValueError(
                 f"`ties` must name parameters of the model, {list(names)}, got {name!r}"
             )
-        found[name] = Tie(parameter=name, arguments=_arguments(name, function), function=function)
-        unknown = [argument for argument in found[name].arguments if argument not in names]
-        if unknown:
-            raise ValueError(
-                f"`ties[{name!r}]` must take parameters of the model, {list(names)}, got the "
-                f"argument {unknown[0]!r}"
-            )
+        arguments = _arguments(name, function, names)
+        found[name] = Tie(parameter=name, arguments=arguments, function=function)
     for argument, given in taken.items():
         both = [name for name in given if name in found]
         if both:
@@ -87,10 +89,23 @@ def order_ties(
     return tuple(found[name] for name in order)
 
 
-def _arguments(name: str, function: object) -> tuple[str, ...]:
+def _arguments(name: str, function: object, names: Sequence[str]) -> tuple[str, ...]:
+    """The parameters that a tie takes; an argument with a default of its own may be another."""
     if not callable(function):
         raise TypeError(
             f"`ties[{name!r}]` must be a function of other parameters, `lambda a: 2 * a` say, "
             f"got {function!r}"
         )
-    return tuple(inspect.signature(function).parameters)
+    given = inspect.signature(function).parameters.values()
+    taken = [
+        argument.name
+        for argument in given
+        if argument.name in names or argument.default is inspect.Parameter.empty
+    ]
+    unknown = [argument for argument in taken if argument not in names]
+    if unknown:
+        raise ValueError(
+            f"`ties[{name!r}]` must take parameters of the model, {list(names)}, got the "
+            f"argument {unknown[0]!r}"
+        )
+    return tuple(taken)
