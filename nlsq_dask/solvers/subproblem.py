@@ -150,6 +150,8 @@ class _DampedSteps:
         with np.errstate(over="ignore"):
             return float(scipy.linalg.norm(self._scale * vector, check_finite=False))
 
+    # A secant on a plateau may be beyond the largest number: it is outside of the bounds then.
+    @np.errstate(over="ignore", invalid="ignore")
     def find(self, radius: float, newton_length: float) -> float:
         """The damping at which ``‖D p‖`` is the radius, within 5 %.
 
