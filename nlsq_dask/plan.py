@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from nlsq_dask._typing import Shape
 from nlsq_dask.errors import MemoryProjectionError
+from nlsq_dask.kernels.products import Way
 from nlsq_dask.kernels.tiles import choose_tile_shape
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.grid import GridSource
@@ -30,8 +31,10 @@ __all__ = [
 
 _MIN_LEAF_ROWS = 2**16
 _MAX_LEAF_ROWS = 2**20
-_TILE_BYTES = 2**20  # of Jacobian: it stays in the second-level cache
+_TILE_BYTES = 2**19  # of Jacobian: it stays in the second-level cache
 _MAX_TILE_ROWS = 2**13
+_LANE_BLOCK = 2**10  # rows that sums in lanes take at a time
+_MOST_IN_LANES = 16  # parameters; beyond, a matrix product is as fast
 _REVERSE_TILE_BYTES = 2**23  # of the model's largest array
 _MIN_REVERSE_TILE_ROWS = 64
 # Read, decoded and aligned at once in the reading thread, the next one ready, one computed.
@@ -45,6 +48,7 @@ class Strategy:
     """How kernels go over the rows of a leaf."""
 
     tile_rows: int
+    products: Way = "lanes"
     is_matrix_free: bool = False  # no array of k x k elements, from many parameters on
     num_shards: int = 1  # slabs of a leaf, for the devices of a process to share
 
@@ -146,7 +150,9 @@ def _divide(leaf: list[int], limit: int) -> list[int]:
 
 def choose_tile_rows(num_free: int) -> int:
     """Rows for which the Jacobian of a tile stays in cache."""
-    return max(256, min(_MAX_TILE_ROWS, _TILE_BYTES // (8 * (num_free + 1))))
+    fitting = _TILE_BYTES // (8 * (num_free + 1))
+    fitting -= fitting % _LANE_BLOCK
+    return max(_LANE_BLOCK, min(_MAX_TILE_ROWS, fitting))
 
 
 def choose_strategy(
@@ -162,7 +168,11 @@ def choose_strategy(
     num_shards : int
     """
     if elements_per_row is None:
-        return Strategy(tile_rows=choose_tile_rows(num_free), num_shards=num_shards)
+        return Strategy(
+            tile_rows=choose_tile_rows(num_free),
+            products="lanes" if num_free <= _MOST_IN_LANES else "dot",
+            num_shards=num_shards,
+        )
     fitting = _REVERSE_TILE_BYTES // (8 * elements_per_row)
     return Strategy(
         tile_rows=max(_MIN_REVERSE_TILE_ROWS, min(_MAX_TILE_ROWS, fitting)),

@@ -49,6 +49,7 @@ class Problem:
             space=self.space,
             loss=self.loss,
             tile_shape=self.plan.tile_shape,
+            products=self.plan.strategy.products,
             fingerprint=self.fingerprint,
         )
 

@@ -22,7 +22,7 @@ ORDER = [
     {"sources.clusters"},
     {"sources.arrays", "sources.xarray", "sample"},
     {"sources.batches"},
-    {"kernels.tiles"},
+    {"kernels.tiles", "kernels.products"},
     {"kernels.rows"},
     {"kernels.build", "kernels.width", "plan"},
     {"kernels.reverse"},

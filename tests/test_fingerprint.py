@@ -284,7 +284,9 @@ def test_workers_share_kernels_too(client, tmp_path):
 def make_spec(function=problems.decay, name: str | None = "same") -> KernelSpec:
     model = Model(function=function, variables=("t",), parameters=("amplitude", "rate", "offset"))
     space = build_parameter_space(model.parameters, {})
-    return KernelSpec(model=model, space=space, loss="linear", tile_shape=(8,), fingerprint=name)
+    return KernelSpec(
+        model=model, space=space, loss="linear", tile_shape=(8,), products="lanes", fingerprint=name
+    )
 
 
 def test_kernels_are_shared_by_key_alone():

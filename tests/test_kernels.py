@@ -30,8 +30,10 @@ def terms_of(*fill: float) -> RowTerms:
     return RowTerms(fill=np.array(fill), f_scale=np.float64(1.0))
 
 
-def kernels_of(model: Model, space, tile_shape, loss="linear"):
-    return build_kernels(KernelSpec(model=model, space=space, loss=loss, tile_shape=tile_shape))
+def kernels_of(model: Model, space, tile_shape, loss="linear", products="lanes"):
+    return build_kernels(
+        KernelSpec(model=model, space=space, loss=loss, tile_shape=tile_shape, products=products)
+    )
 
 
 TERMS = terms_of(0.5, 0.5)
@@ -73,12 +75,17 @@ def chunks(draw):
 
 
 @settings(max_examples=15, deadline=None)
-@given(chunk=chunks(), tile_rows=st.sampled_from([8, 40, 1000]), padding=st.integers(0, 3))
-def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padding):
+@given(
+    chunk=chunks(),
+    tile_rows=st.sampled_from([8, 40, 1000]),
+    padding=st.integers(0, 3),
+    products=st.sampled_from(["lanes", "dot", "sweep"]),
+)
+def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padding, products):
     r, jac, valid = dense(chunk)
     padded_shape = tuple(length + padding for length in chunk.y.shape)
     tile = choose_tile_shape(padded_shape, tile_rows)
-    kernels = kernels_of(MODEL, SPACE, tile)
+    kernels = kernels_of(MODEL, SPACE, tile, products=products)
     whitening = np.array([[1.0, 0.3, -0.2], [0.0, 2.0, 0.1], [0.0, 0.0, 0.7]])
     directions = np.linalg.inv(whitening)
     with jax.enable_x64(True):

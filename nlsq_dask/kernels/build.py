@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from nlsq_dask._typing import Array, Bool, Float, Shape
+from nlsq_dask._typing import Array, Bool, Float, Int, Shape
 from nlsq_dask.config import Precision
+from nlsq_dask.kernels.products import ProductRows, Way, products_for
 from nlsq_dask.kernels.rows import linearise, residual_function, row_costs
-from nlsq_dask.kernels.tiles import Tile, sum_tiles, whole_tile
+from nlsq_dask.kernels.tiles import Tile, fold_tiles, sum_tiles, whole_tile
 from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, RowSummary, ScoreSums
@@ -47,12 +48,13 @@ class KernelSpec:
     space: ParameterSpace
     loss: str
     tile_shape: Shape
+    products: Way
     fingerprint: str | None = None  # of model and space; None where there is none to share by
 
     @property
     def key(self) -> Hashable:
         """All that decides the computation: starts, bounds and fixed parameters do not."""
-        return self.fingerprint, self.loss, self.tile_shape
+        return self.fingerprint, self.loss, self.tile_shape, self.products
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,59 +135,78 @@ def _normal_equations(
     chunk: Chunk,
     precision: Precision,
 ) -> tuple[NormalEquations, RowStatistics]:
-    def reduce(tile: Tile) -> tuple[NormalEquations, RowStatistics]:
+    products = products_for(spec.products, precision)
+
+    def reduce(tile: Tile) -> tuple[ProductRows, RowCounts]:
         rows = linearise(
             spec.model, spec.space, spec.loss, tile, params, directions, terms, precision
         )
-        gram, grad = _products(rows.jac, rows.target, precision)
-        normal = NormalEquations(
-            gram=gram,
-            grad=grad,
-            cost=_total(rows.cost),
-            num_rows=jnp.sum(tile.is_row, dtype=jnp.int64),
+        summed: tuple[Array, ...] = ()
+        if spec.loss != "linear":  # of which the target is the residual
+            summed = (rows.residual, rows.residual**2, rows.cost)
+        return ProductRows(jac=rows.jac, target=rows.target, summed=summed), count_rows(tile)
+
+    def start(template: tuple[ProductRows, RowCounts]) -> tuple[Any, RowCounts]:
+        rows, counts = template
+        return products.start(rows), RowCounts(*(jnp.zeros((), jnp.int64) for _ in counts))
+
+    def add(
+        carry: tuple[Any, RowCounts], part: tuple[ProductRows, RowCounts]
+    ) -> tuple[Any, RowCounts]:
+        (sums, counts), (rows, counted) = carry, part
+        return products.add(sums, rows), RowCounts(*map(jnp.add, counts, counted))
+
+    sums, counts = fold_tiles(chunk, spec.tile_shape, terms, reduce, start, add)
+    totals = products.finish(sums)
+    target_sum, *robust = totals.sums
+    residual_sum, square, cost = robust or (target_sum, totals.square, 0.5 * totals.square)
+    normal = NormalEquations(
+        gram=totals.gram, grad=totals.grad, cost=cost, num_rows=counts.num_rows
+    )
+    return normal, counts.statistics(residual_sum, square)
+
+
+class RowCounts(NamedTuple):
+    """Rows of a tile, by what is to become of them."""
+
+    num_rows: Int[Array, ""]
+    num_real: Int[Array, ""]
+    num_wanted: Int[Array, ""]
+    num_bad_sigma: Int[Array, ""]
+    num_stray: Int[Array, ""]
+
+    def statistics(
+        self, residual_sum: Float[Array, ""], residual_square: Float[Array, ""]
+    ) -> RowStatistics:
+        return RowStatistics(
+            num_masked=self.num_real - self.num_rows,
+            num_invalid=self.num_wanted - self.num_rows,
+            num_bad_sigma=self.num_bad_sigma,
+            num_stray=self.num_stray,
+            residual_sum=residual_sum.astype(jnp.float64),
+            residual_square=residual_square.astype(jnp.float64),
         )
-        return normal, row_statistics(tile, rows.residual)
-
-    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
 
 
-def _products(
-    jac: Float[Array, "rows k"], target: Float[Array, " rows"], precision: Precision
-) -> tuple[Float[Array, "k k"], Float[Array, " k"]]:
-    """``JᵀJ`` and ``Jᵀr``, in float64 from tile to tile.
+def count_rows(tile: Tile) -> RowCounts:
+    """Only what has to be counted row by row is."""
 
-    The gradient decides where the fit ends, so mixed precision takes it in float64 throughout.
-    """
-    if precision == "mixed":
-        gram = (jac.T @ jac).astype(jnp.float64)
-        return gram, jac.T.astype(jnp.float64) @ target
-    # Gram and gradient in one sweep over the tile.
-    a = jnp.concatenate([jac, target[:, None]], axis=-1)
-    product = (a.T @ a).astype(jnp.float64)
-    return product[:-1, :-1], product[:-1, -1]
+    def count(of: Array) -> Array:
+        return jnp.sum(of, dtype=jnp.int32).astype(jnp.int64)
 
-
-def _total(rows: Float[Array, ...]) -> Float[Array, ""]:
-    return jnp.sum(rows).astype(jnp.float64)
+    zero = jnp.zeros((), jnp.int64)
+    return RowCounts(
+        num_rows=count(tile.is_row),
+        num_real=tile.num_real,
+        num_wanted=tile.num_real if tile.is_wanted is None else count(tile.is_wanted),
+        num_bad_sigma=zero if tile.sigma is None else count(tile.is_row & (tile.sigma <= 0)),
+        num_stray=zero if tile.is_stray is None else count(tile.is_stray),
+    )
 
 
 def row_statistics(tile: Tile, residual: Float[Array, ...]) -> RowStatistics:
     """Counts of a tile's rows, and moments of their residuals."""
-
-    def count(of: Array) -> Array:
-        return jnp.sum(of, dtype=jnp.int64)
-
-    bad_sigma: Array = jnp.zeros((), jnp.int64)
-    if tile.sigma is not None:
-        bad_sigma = count(tile.is_row & (tile.sigma <= 0))
-    return RowStatistics(
-        num_masked=count(tile.is_real & ~tile.is_row),
-        num_invalid=count(tile.is_wanted & ~tile.is_row & ~tile.is_stray),
-        num_bad_sigma=bad_sigma,
-        num_stray=count(tile.is_stray),
-        residual_sum=_total(residual),
-        residual_square=_total(residual**2),
-    )
+    return count_rows(tile).statistics(jnp.sum(residual), jnp.sum(residual**2))
 
 
 def _costs(
@@ -204,12 +225,7 @@ def _summary(
     spec: KernelSpec, center: Float[Array, ""], terms: RowTerms, chunk: Chunk
 ) -> RowSummary:
     def reduce(tile: Tile) -> RowSummary:
-        weight: Array = jnp.ones(())
-        if tile.sigma is not None:
-            weight = weight / tile.sigma**2
-        if tile.root_weight is not None:
-            weight = weight * tile.root_weight**2
-        weight = jnp.where(tile.is_row, weight, 0.0)
+        weight = jnp.where(tile.is_row, 1.0 if tile.scale is None else tile.scale**2, 0.0)
         deviation = jnp.where(tile.is_row, tile.y - center, 0.0)
         return RowSummary(
             weight=jnp.sum(weight),
@@ -233,15 +249,15 @@ def _scores(
     def reduce(tile: Tile) -> ScoreSums:
         rows = linearise(spec.model, spec.space, "linear", tile, params, directions, terms)
         robust = robust_terms(LOSSES[spec.loss], rows.residual, terms.f_scale)
-        score = rows.jac * robust.score[:, None]
+        score = rows.jac * robust.score
         clusters = None
         if num_clusters:
             assert tile.cluster is not None
             code = jnp.broadcast_to(tile.cluster, tile.y.shape).ravel()
-            clusters = jax.ops.segment_sum(score, code, num_segments=num_clusters)
+            clusters = jax.ops.segment_sum(score.T, code, num_segments=num_clusters)
         return ScoreSums(
-            meat=score.T @ score,
-            bread=rows.jac.T @ (rows.jac * robust.curvature[:, None]),
+            meat=score @ score.T,
+            bread=rows.jac @ (rows.jac * robust.curvature).T,
             clusters=clusters,
         )
 
@@ -290,7 +306,7 @@ def _linearisation(
 ) -> Float[Array, "rows k"]:
     """The Jacobian of a small chunk, row by row, scaled as the loss asks: for a sample's QR."""
     tile = whole_tile(chunk, terms)
-    return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac
+    return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac.T
 
 
 def _residuals(

@@ -22,7 +22,7 @@ __all__ = ["LinearisedRows", "linearise", "residual_function", "row_costs"]
 class LinearisedRows(NamedTuple):
     """Rows of the least-squares problem that Gauss-Newton solves, and what they came from."""
 
-    jac: Float[Array, "rows k"]  # √c J, with c the curvature of the loss, clamped
+    jac: Float[Array, "k rows"]  # √c J, with c the curvature of the loss, clamped
     target: Float[Array, " rows"]  # ρ' r / √c
     cost: Float[Array, " rows"]
     residual: Float[Array, " rows"]  # r
@@ -37,10 +37,8 @@ def residual_function(
     def residual(params: Float[Array, " n"]) -> Float[Array, ...]:
         value = model(x, space.unflatten(params))
         difference = jnp.broadcast_to(value, tile.y.shape) - tile.y.astype(value.dtype)
-        if tile.sigma is not None:
-            difference = difference / tile.sigma.astype(value.dtype)
-        if tile.root_weight is not None:
-            difference = difference * tile.root_weight.astype(value.dtype)
+        if tile.scale is not None:
+            difference = difference * tile.scale.astype(value.dtype)
         return jnp.where(tile.is_row, difference, 0.0)
 
     return residual
@@ -74,8 +72,7 @@ def linearise(
     low = jnp.float64 if precision == "float64" else jnp.float32
     function = residual_function(model, space, tile, low)
     r, push = jax.linearize(function, params.astype(low))
-    jac = jax.vmap(push, in_axes=1, out_axes=-1)(directions.astype(low))
-    jac = jac.reshape(-1, directions.shape[1])
+    jac = jax.vmap(push, in_axes=1)(directions.astype(low)).reshape(directions.shape[1], -1)
     if precision == "mixed":
         r = residual_function(model, space, tile)(params)
     r = r.ravel()
@@ -84,7 +81,7 @@ def linearise(
     robust = robust_terms(LOSSES[loss], r, terms.f_scale.astype(r.dtype))
     root = jnp.sqrt(robust.clamped)
     return LinearisedRows(
-        jac=jac * root.astype(jac.dtype)[:, None],
+        jac=jac * root.astype(jac.dtype),
         target=robust.score / root,
         cost=robust.cost,
         residual=r,

@@ -15,9 +15,11 @@ from nlsq_dask._typing import Array, Bool, Float, Int, Shape
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.terms import RowTerms
 
-__all__ = ["Tile", "choose_tile_shape", "sum_tiles", "whole_tile"]
+__all__ = ["Tile", "choose_tile_shape", "fold_tiles", "sum_tiles", "whole_tile"]
 
 _Total = TypeVar("_Total")
+_Part = TypeVar("_Part")
+_Carry = TypeVar("_Carry")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,12 @@ class Tile:
     x: tuple[Float[Array, ...], ...]
     y: Float[Array, ...]
     sigma: Float[Array, ...] | None
-    root_weight: Float[Array, ...] | None  # of the row's group, broadcast as the first variable
+    scale: Float[Array, ...] | None  # √weight / sigma; None for 1
     cluster: Int[Array, ...] | None
     is_row: Bool[Array, ...]  # weight above zero
-    is_wanted: Bool[Array, ...]  # real and selected, finite or not
-    is_real: Bool[Array, ...]  # no padding
-    is_stray: Bool[Array, ...]  # wanted, but of no known group
+    is_wanted: Bool[Array, ...] | None  # real and selected, finite or not; None for all real ones
+    is_stray: Bool[Array, ...] | None  # wanted, but of no known group
+    num_real: Int[Array, ""]
 
 
 def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
@@ -58,10 +60,32 @@ def sum_tiles(
     terms: RowTerms,
     reduce: Callable[[Tile], _Total],
 ) -> _Total:
-    """``Σ reduce(tile)``, tile after tile in one fixed order.
+    """``Σ reduce(tile)``, tile after tile in one fixed order."""
 
-    The last tile along an axis is moved back to end with the chunk; the rows that it shares
-    with the one before have weight zero in it.
+    def zero(template: _Total) -> _Total:
+        zeros: _Total = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), template)
+        return zeros
+
+    def add(total: _Total, part: _Total) -> _Total:
+        summed: _Total = jax.tree.map(jnp.add, total, part)
+        return summed
+
+    return fold_tiles(chunk, tile_shape, terms, reduce, zero, add)
+
+
+def fold_tiles(
+    chunk: Chunk,
+    tile_shape: Shape,
+    terms: RowTerms,
+    reduce: Callable[[Tile], _Part],
+    start: Callable[[_Part], _Carry],
+    add: Callable[[_Carry, _Part], _Carry],
+) -> _Carry:
+    """``add(… add(start, reduce(tile 0)) …, reduce(tile n))``.
+
+    `start` is called with shapes and dtypes of what `reduce` gives. The last tile along an axis
+    is moved back to end with the chunk; the rows that it shares with the one before have weight
+    zero in it.
     """
     shape = chunk.y.shape
     counts = [math.ceil(length / size) for length, size in zip(shape, tile_shape, strict=True)]
@@ -75,14 +99,12 @@ def sum_tiles(
         ]
         return _cut(chunk, starts, wanted, tile_shape, terms)
 
-    def step(number: Array, total: _Total) -> _Total:
-        summed: _Total = jax.tree.map(jnp.add, total, reduce(at(number)))
-        return summed
+    def step(number: Array, carry: _Carry) -> _Carry:
+        return add(carry, reduce(at(number)))
 
     template = jax.eval_shape(lambda: reduce(at(jnp.zeros((), jnp.int32))))
-    zero = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), template)
-    total: _Total = lax.fori_loop(0, math.prod(counts), step, zero)
-    return total
+    folded: _Carry = lax.fori_loop(0, math.prod(counts), step, start(template))
+    return folded
 
 
 def _cut(
@@ -101,11 +123,16 @@ def _cut(
         return lax.dynamic_slice(array, begin, sizes)
 
     is_real = jnp.ones(tile_shape, bool)
+    num_real: Array = jnp.ones((), jnp.int64)
     for axis, (start, first) in enumerate(zip(starts, wanted, strict=True)):
-        row = start + lax.broadcasted_iota(start.dtype, tile_shape, axis)
-        is_real &= row >= first
+        end = start + tile_shape[axis]
         if chunk.extent is not None:
-            is_real &= row < chunk.extent[axis]
+            end = jnp.minimum(end, chunk.extent[axis])
+        row = lax.broadcasted_iota(jnp.int32, tile_shape, axis)
+        is_real &= (row >= (first - start).astype(jnp.int32)) & (
+            row < (end - start).astype(jnp.int32)
+        )
+        num_real = num_real * jnp.maximum(end - first, 0)
     parts = Chunk(
         x=tuple(cut(column) for column in chunk.x),
         y=cut(chunk.y),
@@ -113,20 +140,18 @@ def _cut(
         where=None if chunk.where is None else cut(chunk.where),
         cluster=None if chunk.cluster is None else cut(chunk.cluster),
     )
-    return build_tile(parts, is_real, terms)
+    return build_tile(parts, is_real, num_real, terms)
 
 
 def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
     """A chunk as one tile."""
-    is_real: Array = jnp.ones(chunk.y.shape, bool)
-    if chunk.extent is not None:
-        for axis in range(chunk.y.ndim):
-            row = lax.broadcasted_iota(jnp.int64, chunk.y.shape, axis)
-            is_real &= row < chunk.extent[axis]
-    return build_tile(chunk, is_real, terms)
+    zeros = [jnp.zeros((), jnp.int64)] * chunk.y.ndim
+    return _cut(chunk, zeros, zeros, chunk.y.shape, terms)
 
 
-def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:
+def build_tile(
+    chunk: Chunk, is_real: Bool[Array, ...], num_real: Int[Array, ""], terms: RowTerms
+) -> Tile:
     """Rows with what decides whether, and how much, each counts."""
     is_wanted: Any = is_real
     if chunk.where is not None:
@@ -134,13 +159,15 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
     x = tuple(column.astype(jnp.float64) for column in chunk.x)
     y = chunk.y.astype(jnp.float64)
     sigma = None if chunk.sigma is None else chunk.sigma.astype(jnp.float64)
-    root_weight, is_stray = None, jnp.zeros((), bool)
+    scale: Any = None
+    is_stray = None
     if terms.group_weights is not None:
         weight, is_known = _group_weight(x[0], terms.group_weights)
-        root_weight = jnp.sqrt(weight)
+        scale = jnp.sqrt(weight)
         is_stray = is_wanted & ~is_known & jnp.isfinite(x[0])
         is_wanted &= (weight > 0) | ~is_known
-    is_row: Array = is_wanted & jnp.isfinite(y) & ~is_stray
+        is_wanted &= ~is_stray
+    is_row: Array = is_wanted & jnp.isfinite(y)
     for column in (*x, *([] if sigma is None else [sigma])):
         is_row = is_row & jnp.isfinite(column)
     # A row without weight gets values at which the model is defined: NaN times zero is NaN, and
@@ -151,16 +178,17 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
     )
     if sigma is not None:
         sigma = jnp.where(_is_used(sigma, is_row), sigma, 1.0)
+        scale = 1 / sigma if scale is None else scale / sigma
     return Tile(
         x=x,
         y=y,
         sigma=sigma,
-        root_weight=root_weight,
+        scale=scale,
         cluster=chunk.cluster,
         is_row=is_row,
-        is_wanted=is_wanted,
-        is_real=is_real,
+        is_wanted=None if chunk.where is None and terms.group_weights is None else is_wanted,
         is_stray=is_stray,
+        num_real=num_real,
     )
 
 
