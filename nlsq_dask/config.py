@@ -2,104 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, Self, TypeAlias
 
+from nlsq_dask.options import (
+    BELOW_ONE,
+    CHOICES,
+    CRITERIA,
+    FLAGS,
+    INTEGERS,
+    OPTIONAL,
+    POSITIVE,
+    pairs_of_integers,
+    unknown_option,
+)
 from nlsq_dask.presets import PRESETS
 
 __all__ = ["HybridStreamingConfig", "Precision"]
 
 Precision: TypeAlias = Literal["float64", "mixed", "float32"]
-
-_FIRST_ORDER = "belonged to a first-order warmup; L-BFGS and its line search choose step lengths"
-_DROPPED = {
-    "warmup_learning_rate": _FIRST_ORDER,
-    "use_learning_rate_schedule": _FIRST_ORDER,
-    "warmup_lr_refinement": _FIRST_ORDER,
-    "warmup_lr_careful": _FIRST_ORDER,
-    "gc_chunk_interval": "belonged to a loop in Python that left garbage behind; there is none",
-    "loop_strategy": "chose between loops over chunks; there is one",
-    "min_success_rate": "let a fit drop the data of failing batches; here none are ever dropped",
-}
-_DROPPED_PREFIX = "lr_schedule_"
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "normalization_strategy": ("auto", "bounds", "p0", "jacobian", "none"),
-    "lbfgs_line_search": ("wolfe", "strong_wolfe", "backtracking"),
-    "multistart_sampler": ("lhs", "sobol", "halton"),
-    "precision": ("float64", "mixed", "float32"),
-}
-_CRITERIA = ("plateau", "gradient", "max_iter")
-# Smallest value of each whole number.
-_INTEGERS: Mapping[str, int] = {
-    "warmup_iterations": 0,
-    "max_warmup_iterations": 0,
-    "lbfgs_history_size": 1,
-    "gauss_newton_max_iterations": 1,
-    "cg_max_iterations": 1,
-    "cg_param_threshold": 1,
-    "chunk_size": 1,
-    "checkpoint_frequency": 1,
-    "max_retries_per_batch": 0,
-    "callback_frequency": 1,
-    "verbose": 0,
-    "log_frequency": 1,
-    "n_starts": 1,
-    "elimination_rounds": 0,
-    "batches_per_round": 1,
-    "seed": 0,
-    "cache_bytes": 0,
-    "max_passes": 1,
-}
-_POSITIVE = (
-    "loss_plateau_threshold",
-    "gradient_norm_threshold",
-    "lbfgs_initial_step_size",
-    "lbfgs_exploration_step_size",
-    "lbfgs_refinement_step_size",
-    "gradient_clip_value",
-    "warm_start_threshold",
-    "cost_increase_tolerance",
-    "max_warmup_step_size",
-    "gauss_newton_tol",
-    "trust_region_initial",
-    "regularization_factor",
-    "cg_relative_tolerance",
-    "cg_absolute_tolerance",
-    "group_variance_lambda",
-    "scale_factor",
-    "distance_tol",
-    "ftol",
-    "xtol",
-    "gtol",
-    "max_sample_fraction",
-    "max_seconds",
-)
-_BELOW_ONE = ("elimination_fraction",)
-_OPTIONAL = (
-    *("gradient_clip_value", "chunk_size", "cache_bytes", "max_passes", "max_seconds"),
-    *("ftol", "xtol", "gtol"),
-)
-_FLAGS = (
-    "normalize",
-    "enable_warm_start_detection",
-    "enable_adaptive_warmup_lr",
-    "enable_cost_guard",
-    "enable_step_clipping",
-    "enable_group_variance_regularization",
-    "enable_residual_weighting",
-    "enable_checkpoints",
-    "validate_numerics",
-    "enable_fault_tolerance",
-    "enable_multi_device",
-    "enable_multistart",
-    "center_on_p0",
-    "prefetch",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +144,9 @@ class HybridStreamingConfig:
         40 % of the process's memory limit.
     prefetch : bool
         Read the next chunk while this one is computed.
+    compilation_cache_dir : path, optional
+        A folder in which JAX keeps what it compiles, here and in the workers, and looks first:
+        the next process fits the same model without compiling. It stays set for the process.
     max_passes : int, optional
         Passes over all data, at most.
     max_seconds : float, optional
@@ -240,7 +167,7 @@ class HybridStreamingConfig:
     max_warmup_iterations: int = 500
     loss_plateau_threshold: float = 1e-4
     gradient_norm_threshold: float = 1e-3
-    active_switching_criteria: tuple[str, ...] = _CRITERIA
+    active_switching_criteria: tuple[str, ...] = CRITERIA
     lbfgs_history_size: int = 10
     lbfgs_initial_step_size: float = 0.1
     lbfgs_line_search: str = "wolfe"
@@ -306,6 +233,7 @@ class HybridStreamingConfig:
     max_sample_fraction: float = 0.01
     cache_bytes: int | None = None
     prefetch: bool = True
+    compilation_cache_dir: str | None = None
     max_passes: int | None = None
     max_seconds: float | None = None
 
@@ -314,28 +242,28 @@ class HybridStreamingConfig:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise TypeError(_unknown_option(name, known))
+                raise TypeError(unknown_option(name, known))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, smallest in _INTEGERS.items():
+        for name, smallest in INTEGERS.items():
             self._require_int(name, smallest)
-        for name in (*_POSITIVE, *_BELOW_ONE):
+        for name in (*POSITIVE, *BELOW_ONE):
             self._require_positive(name)
-        for name in _FLAGS:
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("max_sample_fraction", *_BELOW_ONE):
+        for name in ("max_sample_fraction", *BELOW_ONE):
             if getattr(self, name) > 1:
                 raise ValueError(f"`{name}` must be at most 1, got {getattr(self, name)!r}")
         if self.verbose > 2:
             raise ValueError(f"`verbose` must be 0, 1 or 2, got {self.verbose!r}")
-        for name in ("checkpoint_dir", "resume_from_checkpoint"):
+        for name in ("checkpoint_dir", "resume_from_checkpoint", "compilation_cache_dir"):
             self._set_path(name)
         self._set_criteria()
         self._set_groups()
@@ -343,7 +271,7 @@ class HybridStreamingConfig:
 
     def _require_int(self, name: str, smallest: int) -> None:
         value = getattr(self, name)
-        if value is None and name in _OPTIONAL:
+        if value is None and name in OPTIONAL:
             return
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)
         if not is_integer or value < smallest:
@@ -351,7 +279,7 @@ class HybridStreamingConfig:
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if value is None and name in _OPTIONAL:
+        if value is None and name in OPTIONAL:
             return
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value <= 0:
@@ -371,9 +299,9 @@ class HybridStreamingConfig:
     def _set_criteria(self) -> None:
         given: Any = self.active_switching_criteria
         names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-        if not names or any(name not in _CRITERIA for name in names):
+        if not names or any(name not in CRITERIA for name in names):
             raise ValueError(
-                f"`active_switching_criteria` must name some of {list(_CRITERIA)}, got {given!r}"
+                f"`active_switching_criteria` must name some of {list(CRITERIA)}, got {given!r}"
             )
         self._set("active_switching_criteria", names)
 
@@ -386,7 +314,7 @@ class HybridStreamingConfig:
                     "`enable_group_variance_regularization`, got None"
                 )
             return
-        pairs = _pairs_of_integers(given)
+        pairs = pairs_of_integers(given)
         if not pairs or any(not 0 <= start < end for start, end in pairs):
             raise ValueError(
                 "`group_variance_indices` must be (start, end) slices of the parameter vector with "
@@ -473,26 +401,6 @@ class HybridStreamingConfig:
     def scientific_default(cls, **overrides: Any) -> Self:
         """For published numbers: tight tests, many iterations, checkpoints."""
         return cls(**{**PRESETS["scientific_default"], **overrides})
-
-
-def _unknown_option(name: str, known: Sequence[str]) -> str:
-    reason = _DROPPED.get(name, _FIRST_ORDER if name.startswith(_DROPPED_PREFIX) else None)
-    if reason is not None:
-        return f"`{name}` is not an option any more: it {reason}"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean `{near[0]}`?" if near else ""
-    return f"`{name}` is not an option of HybridStreamingConfig{hint}"
-
-
-def _pairs_of_integers(given: Any) -> tuple[tuple[int, int], ...]:
-    """``((start, end), …)``, or nothing where it is something else."""
-    try:
-        pairs = [tuple(pair) for pair in given]
-    except TypeError:
-        return ()
-    if any(len(p) != 2 or any(not isinstance(v, Integral) for v in p) for p in pairs):
-        return ()
-    return tuple((int(start), int(end)) for start, end in pairs)
 
 
 def _plain(value: Any) -> Any:

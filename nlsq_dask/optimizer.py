@@ -16,6 +16,7 @@ import numpy as np
 import scipy.optimize
 
 from nlsq_dask._typing import Float, ModelFunction, Shape, Vector
+from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
@@ -217,6 +218,8 @@ class AdaptiveHybridStreamingOptimizer:
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
+        if config.compilation_cache_dir is not None:
+            keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
         problem = _build_problem(rows, space, criterion, config)
         open_evaluator = functools.partial(_choose_evaluator, problem, config, client)

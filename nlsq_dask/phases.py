@@ -15,6 +15,7 @@ import numpy as np
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.checkpoint.journal import Journal, open_journal
 from nlsq_dask.checkpoint.ledger import Ledger
+from nlsq_dask.compilation import compile_seconds
 from nlsq_dask.config import HybridStreamingConfig, Precision
 from nlsq_dask.errors import DataError
 from nlsq_dask.evaluate.base import Evaluator
@@ -110,6 +111,7 @@ class _Fit:
         self._callback = callback
         self._data_square = 0.0
         self._started = time.perf_counter()
+        self._compiled_before = compile_seconds()
         self._seconds: dict[str, float] = {}
         self._was_stopped = False  # in the warmup: the fit ends with its first pass
         self._journal = journal
@@ -130,6 +132,7 @@ class _Fit:
         free0 = self._problem.space.p0[self._problem.space.is_free]
         start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
         self._seconds["total"] = time.perf_counter() - self._started
+        self._seconds["compiling"] = compile_seconds() - self._compiled_before
         if self._config.verbose:
             _LOGGER.info("%s", state.status.value)
         ledger = self._ledger

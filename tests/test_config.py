@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
+from jax.experimental.compilation_cache import compilation_cache
 
 import config_rows_checkpoint
 import config_rows_many
 import config_rows_warmup
-from nlsq_dask import Chunk, FitResult, HybridStreamingConfig, Status, fit_dataset
+from nlsq_dask import Chunk, FitResult, HybridStreamingConfig, Status, curve_fit, fit_dataset
 from problems import decay, make_decay
 
 NAMES = {field.name for field in fields(HybridStreamingConfig)}
@@ -171,6 +174,20 @@ def is_read_ahead(prefetch: bool) -> bool:
     return any("nlsq-read" in name for name, _ in readers(prefetch=prefetch, cache_bytes=0))
 
 
+def keeps_what_it_compiles() -> bool:
+    """JAX's setting is for the process: this one gets it back."""
+    before = jax.config.jax_compilation_cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            t, y = make_decay(500)
+            config = HybridStreamingConfig(verbose=0, compilation_cache_dir=folder)
+            curve_fit(lambda t, a, b: a / (1.5 + b * t), t, y, config=config)
+            return any(Path(folder).iterdir())
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+            compilation_cache.reset_cache()
+
+
 GROUPS = {"enable_group_variance_regularization": True, "group_variance_lambda": 1.0}
 WEIGHTS = {"residual_weights": [1.0, 100.0]}
 
@@ -285,6 +302,7 @@ ROWS: list[tuple[str, Callable[[], bool]]] = [
     ),
     ("cache_bytes", lambda: len(readers(cache_bytes=0)) > len(readers(cache_bytes=2**30)) == 8),
     ("prefetch", lambda: is_read_ahead(True) and not is_read_ahead(False)),
+    ("compilation_cache_dir", keeps_what_it_compiles),
     ("max_passes", lambda: fit(max_passes=1, distance_tol=1e-14).status is Status.MAX_PASSES),
     (
         "max_seconds",

@@ -149,6 +149,7 @@ class ClusterEvaluator:
                 payload=cloudpickle.dumps(problem),
                 cache_bytes=self._cache_bytes,
                 prefetch=self._config.prefetch,
+                compilation_cache_dir=self._config.compilation_cache_dir,
             )
         self._spec = home
         self._home = self._client.submit(

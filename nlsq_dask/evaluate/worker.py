@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import sum_range
@@ -47,6 +48,7 @@ class HomeSpec:
     payload: bytes
     cache_bytes: int
     prefetch: bool
+    compilation_cache_dir: str | None = None
 
 
 _HOMES: dict[str, ProblemHome] = {}
@@ -57,6 +59,8 @@ def home_of(spec: HomeSpec) -> ProblemHome:
     """This process's home of the problem: kernels survive from task to task."""
     with _HOMES_LOCK:
         if spec.token not in _HOMES:
+            if spec.compilation_cache_dir is not None:
+                keep_compiled(spec.compilation_cache_dir)
             _HOMES[spec.token] = ProblemHome(
                 problem=cloudpickle.loads(spec.payload),
                 cache_bytes=spec.cache_bytes,

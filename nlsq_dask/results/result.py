@@ -438,6 +438,10 @@ class FitResult(Mapping[str, Any]):
             "condition number": f"{self.condition_number:.3g}",
             "where": str(self.diagnostics.get("evaluator", "")),
         }
+        seconds = self.diagnostics.get("seconds", {})
+        if seconds:
+            compiling = f", {seconds['compiling']:.1f} s of them compiling here"
+            facts["time"] = f"{seconds['total']:.1f} s{compiling}"
         return [f"  {name:<22}{value}" for name, value in facts.items()]
 
     def _table(self) -> list[str]:
