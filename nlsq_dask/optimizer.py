@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,12 @@ from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.evaluate.cluster import ClusterEvaluator, active_client, require_client
+from nlsq_dask.evaluate.cluster import (
+    ClusterEvaluator,
+    active_client,
+    platform_of,
+    require_client,
+)
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
 from nlsq_dask.evaluate.reach import require_reach
 from nlsq_dask.fingerprint import fingerprint_model
@@ -221,8 +226,10 @@ class AdaptiveHybridStreamingOptimizer:
         if config.compilation_cache_dir is not None:
             keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
-        problem = _build_problem(rows, space, criterion, config)
-        open_evaluator = functools.partial(_choose_evaluator, problem, config, client)
+        client = _choose_client(rows.source, space.num_free, client)
+        platform = jax.default_backend if client is None else functools.partial(platform_of, client)
+        problem = _build_problem(rows, space, criterion, config, platform)
+        open_evaluator = functools.partial(_open_evaluator, problem, config, client)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
         if rows.is_temporary:
@@ -365,7 +372,9 @@ def _build_problem(
     space: ParameterSpace,
     criterion: Criterion,
     config: HybridStreamingConfig,
+    platform: Callable[[], str] = jax.default_backend,
 ) -> Problem:
+    """What is asked, checked; and last, because workers have to be asked, planned."""
     source, model = rows.source, rows.model
     if not isinstance(source, GridSource):
         _require_chunks(source)
@@ -380,15 +389,6 @@ def _build_problem(
         [np.float64] if config.precision == "float64" else [np.float64, np.float32],
     )
     is_matrix_free = space.num_free >= config.cg_param_threshold
-    strategy = choose_strategy(
-        space.num_free,
-        elements_per_row(model, x_shapes, params) if is_matrix_free else None,
-        len(jax.local_devices()) if config.enable_multi_device else 1,
-    )
-    if isinstance(source, GridSource):
-        plan, source = plan_leaves(source, strategy, config.chunk_size)
-    else:
-        plan = plan_chunks(source, strategy)
     _require_matrix(criterion, is_matrix_free, config)
     if config.enable_residual_weighting and not model.variables:
         raise ValueError(
@@ -396,6 +396,17 @@ def _build_problem(
             f"the groups, got {model.name} without one"
         )
     _require_few_clusters(rows.num_clusters, space.num_free)
+    penalties = build_penalties(criterion, space, config)
+    strategy = choose_strategy(
+        space.num_free,
+        elements_per_row(model, x_shapes, params) if is_matrix_free else None,
+        num_shards=len(jax.local_devices()) if config.enable_multi_device else 1,
+        platform=platform(),
+    )
+    if isinstance(source, GridSource):
+        plan, source = plan_leaves(source, strategy, config.chunk_size)
+    else:
+        plan = plan_chunks(source, strategy)
     return Problem(
         model=model,
         space=space,
@@ -405,7 +416,7 @@ def _build_problem(
         loss=criterion.loss,
         f_scale=criterion.known_scale,
         group_weights=config.residual_weights if config.enable_residual_weighting else None,
-        penalties=build_penalties(criterion, space, config),
+        penalties=penalties,
         covariance=criterion.covariance_kind,
         num_clusters=rows.num_clusters,
         fingerprint=fingerprint,
@@ -453,11 +464,15 @@ def _trial_shapes(source: Source, longest: int) -> tuple[Shape, list[Shape]]:
     return tuple(lengths.values()), shapes
 
 
-def _choose_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
+def _choose_client(source: Source, num_free: int, client: Any) -> Any:
+    """The one that is given; else the active one, where the work is worth sending."""
+    if client is not None:
+        return client
+    is_small = source.num_rows * (num_free + 1) < _IN_PROCESS_ROW_PARAMETERS
+    return None if is_small or is_in_memory(source) else active_client()
+
+
+def _open_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
     if client is None:
-        client = active_client()
-        work = problem.source.num_rows * (problem.space.num_free + 1)
-        is_small = work < _IN_PROCESS_ROW_PARAMETERS
-        if client is None or is_small or is_in_memory(problem):
-            return LocalEvaluator(problem, config)
+        return LocalEvaluator(problem, config)
     return ClusterEvaluator(problem, config, client)

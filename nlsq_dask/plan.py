@@ -34,6 +34,8 @@ _MAX_LEAF_ROWS = 2**20
 _TILE_BYTES = 2**19  # of Jacobian: it stays in the second-level cache
 _MAX_TILE_ROWS = 2**13
 _LANE_BLOCK = 2**10  # rows that sums in lanes take at a time
+_MOST_IN_A_SWEEP = 8
+_ACCELERATOR_TILE_ROWS = 2**17
 _MOST_IN_LANES = 16  # parameters; beyond, a matrix product is as fast
 _REVERSE_TILE_BYTES = 2**23  # of the model's largest array
 _MIN_REVERSE_TILE_ROWS = 64
@@ -156,7 +158,11 @@ def choose_tile_rows(num_free: int) -> int:
 
 
 def choose_strategy(
-    num_free: int, elements_per_row: int | None = None, num_shards: int = 1
+    num_free: int,
+    elements_per_row: int | None = None,
+    *,
+    num_shards: int = 1,
+    platform: str = "cpu",
 ) -> Strategy:
     """Tiles that stay in cache: the Jacobian of one, or what reverse mode keeps of one.
 
@@ -166,7 +172,17 @@ def choose_strategy(
     elements_per_row : int, optional
         Of the model's largest array; given where no Jacobian is to be formed.
     num_shards : int
+    platform : str
+        What JAX calls the devices that compute on the rows. On a GPU tiles are for memory, not
+        for cache: a whole leaf where no Jacobian is kept.
     """
+    if elements_per_row is None and platform != "cpu":
+        is_few = num_free <= _MOST_IN_A_SWEEP
+        return Strategy(
+            tile_rows=_MAX_LEAF_ROWS if is_few else _ACCELERATOR_TILE_ROWS,
+            products="sweep" if is_few else "dot",
+            num_shards=num_shards,
+        )
     if elements_per_row is None:
         return Strategy(
             tile_rows=choose_tile_rows(num_free),

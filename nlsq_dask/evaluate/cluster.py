@@ -40,6 +40,7 @@ from nlsq_dask.evaluate.worker import (
     forget_home,
     map_chunk,
     merge_reports,
+    platform_of_worker,
     probe_worker,
     reduce_range,
     same_spec,
@@ -50,7 +51,7 @@ from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
-__all__ = ["ClusterEvaluator", "active_client", "require_client", "workers_of"]
+__all__ = ["ClusterEvaluator", "active_client", "platform_of", "require_client", "workers_of"]
 
 _Value = TypeVar("_Value")
 
@@ -169,12 +170,7 @@ class ClusterEvaluator:
     def _probe_workers(self) -> dict[str, dict[str, Any]]:
         """See that every worker can do the work, before any is asked of it."""
         try:
-            probes: dict[str, dict[str, Any]] = self._client.run(probe_worker, self._spec)
-        except ModuleNotFoundError as error:
-            raise WorkerError(
-                f"every worker must be able to import this package and what the model uses, "
-                f"but one could not: {error}"
-            ) from error
+            probes: dict[str, dict[str, Any]] = _run(self._client, probe_worker, self._spec)
         except OSError as error:
             raise WorkerError(
                 f"`ds` must be readable from every worker, but one could not: "
@@ -382,6 +378,35 @@ class ClusterEvaluator:
         ]
         futures: list[Any] = self._client.compute(merged, retries=self._retries)
         return futures
+
+
+def platform_of(client: distributed.Client) -> str:
+    """The kind of device that the workers compute on: what they sum follows it to the bit.
+
+    Raises
+    ------
+    WorkerError
+        If they differ.
+    """
+    workers_of(client)
+    platforms: dict[str, str] = _run(client, platform_of_worker)
+    kinds = sorted(set(platforms.values()))
+    if len(kinds) > 1:
+        raise WorkerError(
+            f"the workers must compute on one kind of device, but {platforms} are of {kinds}"
+        )
+    return kinds[0]
+
+
+def _run(client: distributed.Client, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function once on every worker."""
+    try:
+        return client.run(function, *arguments)
+    except ModuleNotFoundError as error:
+        raise WorkerError(
+            f"every worker must be able to import this package and what the model uses, "
+            f"but one could not: {error}"
+        ) from error
 
 
 def workers_of(client: distributed.Client) -> dict[str, Any]:

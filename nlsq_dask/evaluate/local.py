@@ -20,7 +20,7 @@ from nlsq_dask.evaluate.leaves import ProblemHome, shapes_of
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection, slab_shape
 from nlsq_dask.problem import Problem
-from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.base import Chunk, Source
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.terms import RowTerms
 
@@ -45,7 +45,7 @@ class LocalEvaluator:
         config = HybridStreamingConfig() if config is None else config
         self._num_threads = num_threads or _num_cpus()
         cache_bytes = config.cache_bytes
-        if is_in_memory(problem):
+        if is_in_memory(problem.source):
             cache_bytes = 0
         elif cache_bytes is None:
             cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
@@ -94,7 +94,7 @@ class LocalEvaluator:
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; nothing to project where the data are here already."""
-        if is_in_memory(self.problem):
+        if is_in_memory(self.problem.source):
             return {}
         projection = MemoryProjection(
             base_bytes=psutil.Process().memory_info().rss,
@@ -118,9 +118,8 @@ def _num_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def is_in_memory(problem: Problem) -> bool:
+def is_in_memory(source: Source) -> bool:
     """Whether all columns are arrays of this process."""
-    source = problem.source
     return isinstance(source, GridSource) and all(
         column.is_in_memory for column in source.columns.values()
     )

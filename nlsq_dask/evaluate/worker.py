@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import cloudpickle
 import distributed
+import jax
 import numpy as np
 import psutil
 from distributed.diagnostics.plugin import WorkerPlugin
@@ -30,6 +31,7 @@ __all__ = [
     "forget_home",
     "map_chunk",
     "merge_reports",
+    "platform_of_worker",
     "probe_worker",
     "reduce_range",
     "same_spec",
@@ -76,6 +78,12 @@ def forget_home(token: str) -> None:
 
 def same_spec(spec: HomeSpec) -> HomeSpec:
     return spec
+
+
+def platform_of_worker(dask_worker: Any) -> str:
+    """The kind of device that JAX computes on there."""
+    ThreadPoolSize().setup(dask_worker)  # before JAX looks for devices
+    return jax.default_backend()
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:
