@@ -2,9 +2,9 @@
 
 xarray opens an archive with ``chunks=`` through `dask.array.from_array`: the graph then holds
 the very array that it would have given without Dask, and one layer that cuts it into blocks.
-Whether a graph is that, and nothing besides, is read off the layer's definition, in a time that
-does not grow with the product of the numbers of blocks. Where a dataset came from, its encoding
-for instance, proves nothing: it survives slices, rolls and new values.
+Whether it is that is read off the layer's definition: no task is made, however many the blocks.
+Where a dataset came from, its encoding for instance, proves nothing: it survives slices, rolls
+and new values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.layers import ArraySliceDep
 from xarray.backends import BackendArray
 from xarray.core.indexing import ExplicitlyIndexedNDArrayMixin, ImplicitToExplicitIndexingAdapter
+
+from nlsq_dask._typing import Shape
 
 __all__ = ["stored_variable"]
 
@@ -48,39 +50,33 @@ def stored_variable(variable: xr.Variable) -> xr.Variable | None:
 
 
 def _array_read_by(array: Any) -> object:
-    """What the graph cuts into the blocks of `array`; None if it does anything else."""
+    """What one layer of the graph cuts into the blocks of `array`; None if there is no such."""
     if not isinstance(array.dask, HighLevelGraph):
         return None
-    layers = dict(array.dask.layers)
-    cut = layers.pop(array.name, None)
-    if not isinstance(cut, Blockwise) or not _cuts_in_order(cut, array):
+    layers = array.dask.layers
+    cut = layers.get(array.name)
+    if not isinstance(cut, Blockwise) or not _cuts_in_order(cut, array.chunks):
         return None
     read, _ = cut.indices[0]
-    if not isinstance(read, TaskRef):
-        return None if layers else read  # ``inline_array=True``
-    if set(layers) != {read.key} or set(layers[read.key]) != {read.key}:
-        return None
-    return layers[read.key][read.key]
+    if isinstance(read, TaskRef):
+        return layers.get(read.key, {}).get(read.key)
+    return read  # ``inline_array=True``
 
 
-def _cuts_in_order(layer: Blockwise, array: Any) -> bool:
+def _cuts_in_order(layer: Blockwise, chunks: tuple[Shape, ...]) -> bool:
     """Whether each block is ``asarray(given[slices])``, with the slices of its own position."""
-    if len(layer.indices) != 2:
+    if len(layer.indices) != 2 or len(layer.task.args) != 2:
         return False
-    (_, axes_given), (cut, axes) = layer.indices
+    _, (cut, axes) = layer.indices
     slices, task = layer.io_deps.get(cut), layer.task
     return (
-        axes_given is None
-        and axes == layer.output_indices
-        and len(set(axes)) == array.ndim
-        and not (layer.output_blocks or layer.new_axes or layer.annotations)
-        and layer.output == array.name
+        axes == layer.output_indices
         and type(slices) is ArraySliceDep
-        and vars(slices) == vars(ArraySliceDep(array.chunks))
+        and vars(slices) == vars(ArraySliceDep(chunks))
         and task.func is getter
-        and len(task.args) == 2
         and all(_is_argument(given, i) for i, given in enumerate(task.args))
         and not task.kwargs  # a lock, or blocks that stay as the store gives them
+        and not layer.annotations
     )
 
 
