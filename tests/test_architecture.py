@@ -19,7 +19,7 @@ ORDER = [
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
     {"parameters.space", "warmup.normalization", "model", "sources.base"},
     {"parameters.penalties", "fingerprint"},
-    {"sources.columns", "sources.dask", "sources.grid", "sources.stores"},
+    {"sources.columns", "sources.dask", "sources.graph", "sources.grid", "sources.stores"},
     {"sources.clusters"},
     {"sources.arrays", "sources.xarray", "sample"},
     {"sources.batches"},
@@ -59,7 +59,7 @@ ORDER = [
     {"", "compat"},
     {"cli"},
 ]
-KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "cli"}
+KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "sources.graph", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

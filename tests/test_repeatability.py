@@ -101,7 +101,7 @@ def test_same_bits_from_dask_blocks(persist, store, expected, client, monkeypatc
 
     if not persist:
         monkeypatch.setattr(cluster, "_PERSIST_SHARE", 0.0)
-    ds = xr.open_zarr(store, consolidated=False)
+    ds = xr.open_zarr(store, consolidated=False) + 0.0
     result = fit(ds, client=client)
     assert_same_bits(result, expected)
     assert ("kept by the workers" in result.diagnostics["evaluator"]) is persist

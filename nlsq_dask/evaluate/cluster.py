@@ -12,7 +12,7 @@ import inspect
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -101,14 +101,17 @@ class ClusterEvaluator:
         num_tasks = min(max(by_size, num_slots), _TASKS_PER_THREAD * num_slots)
         self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
         self._blocks = _remote_arrays(problem.source)
+        room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
+        self._fits = self._blocks_bytes <= _PERSIST_SHARE * room
         self._is_persisted = False
+        self._cache_bytes = self._choose_cache_bytes(len(workers))
         with contextlib.ExitStack() as undo:
             client.register_plugin(ThreadPoolSize(), name=self._plugin_name)
             self._send_problem()
             undo.callback(self.close)
             self._probes = self._probe_workers()
-            if self._blocks:
-                self._persist_if_it_fits(workers)
+            if self._blocks and self._fits:
+                self._persist()
             undo.pop_all()
 
     @property
@@ -121,13 +124,15 @@ class ClusterEvaluator:
         how = "store read by the workers"
         if self._blocks:
             how = "Dask blocks kept by the workers"
+            if self._reads_columns:
+                how = "store read by the workers, beside Dask blocks that they keep"
             if not self._is_persisted:
                 how = "Dask blocks computed in every pass: they exceed the workers' memory"
         return f"cluster of {len(workers)} worker(s), {how}"
 
     @property
     def keeps_rows(self) -> bool:
-        return self._is_persisted
+        return self._is_persisted and not self._reads_columns
 
     def _send_problem(self) -> None:
         """Ship the problem once to each worker, as a task: a lost copy is made again."""
@@ -157,13 +162,23 @@ class ClusterEvaluator:
             same_spec, home, key=f"nlsq-problem-{home.token}", pure=False, retries=2
         )
 
-    @property
-    def _cache_bytes(self) -> int:
-        if self._blocks:
-            return 0  # Dask holds the blocks
+    def _choose_cache_bytes(self, num_workers: int) -> int:
+        """Of decoded chunks, in each worker: what the blocks that Dask holds there leave."""
+        if not self._fits or (self._blocks and not self._reads_columns):
+            return 0
         if self._config.cache_bytes is not None:
             return self._config.cache_bytes
-        return int(CACHE_SHARE * self._memory_limit)
+        kept = self._blocks_bytes // num_workers
+        return max(int(CACHE_SHARE * self._memory_limit) - kept, 0)
+
+    @property
+    def _reads_columns(self) -> bool:
+        """Whether the workers read anything beside the blocks that come with their tasks."""
+        source = self._problem.source
+        return not isinstance(source, GridSource) or any(
+            role not in self._blocks and not column.is_in_memory
+            for role, column in source.columns.items()
+        )
 
     # -- checks before the first pass
 
@@ -222,7 +237,7 @@ class ClusterEvaluator:
         )
 
     def _bytes_read(self, reports: Sequence[RangeReport]) -> int:
-        if not self._is_persisted:
+        if not self._is_persisted or self._reads_columns:
             return sum(report.bytes_read for report in reports)
         return self._blocks_bytes if self._num_passes == 1 else 0
 
@@ -314,10 +329,7 @@ class ClusterEvaluator:
     def _blocks_bytes(self) -> int:
         return sum(int(array.nbytes) for array in self._blocks.values())
 
-    def _persist_if_it_fits(self, workers: Mapping[str, Any]) -> None:
-        room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
-        if self._blocks_bytes > _PERSIST_SHARE * room:
-            return
+    def _persist(self) -> None:
         # Arrays of the client's own travel in the graph, where the scheduler can make a lost
         # block again; scattered ones could not be.
         quiet = dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"})

@@ -180,7 +180,7 @@ class ProblemHome:
         chunk = pad_chunk(self._read(index, blocks), self.problem.source.chunk_shape)
         meter.read_seconds += time.perf_counter() - start
         meter.bytes_read += chunk.nbytes
-        if may_cache and blocks is None:
+        if may_cache:
             with self._lock:
                 if self._cached_bytes + chunk.nbytes <= self.cache_bytes:
                     self._cache[index] = chunk

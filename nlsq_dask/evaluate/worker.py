@@ -141,6 +141,7 @@ class BlockTask:
         report = home_of(self.spec).reduce(
             range(leaf, leaf + 1),
             self.request,
+            may_cache=False,
             blocks={leaf: dict(zip(self.roles, blocks, strict=True))},
         )
         out = np.empty((1,) * number.ndim, object)

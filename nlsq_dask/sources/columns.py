@@ -40,7 +40,7 @@ class MemoryColumn:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LazyColumn:
-    """A variable that xarray opened without Dask: a Zarr array, an HDF5 dataset, any backend.
+    """A variable as xarray opens it without Dask: a Zarr array, an HDF5 dataset, any backend.
 
     It travels as xarray pickles it, without values, and is opened again where it is read.
     CF packing and missing values are decoded there, by xarray's own rules.

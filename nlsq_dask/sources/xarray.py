@@ -18,6 +18,7 @@ from nlsq_dask.sources.columns import (
     build_time_column,
 )
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
+from nlsq_dask.sources.graph import stored_variable
 from nlsq_dask.sources.grid import GridSource
 
 __all__ = [
@@ -131,10 +132,13 @@ def build_stored_source(
 
 
 def column_of(name: str, variable: xr.Variable) -> Column:
-    """A variable as a column: in memory, of Dask blocks, or read from where xarray opened it."""
+    """A variable as a column: in memory, read from where xarray opened it, or of Dask blocks."""
     dims = tuple(str(dim) for dim in variable.dims)
     data = variable._data  # `.data` would load a lazily indexed variable
     if is_dask_array(data):
+        stored = stored_variable(variable)
+        if stored is not None:
+            return LazyColumn(variable=stored)
         require_known_chunks(name, data)
         return DaskColumn(array=data, dims=dims)
     if variable._in_memory:

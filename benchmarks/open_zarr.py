@@ -1,0 +1,96 @@
+"""Time of a fit of an archive opened with Dask (`xr.open_zarr`), over that of the same by path.
+
+    python benchmarks/open_zarr.py --rows 20000000
+
+An archive is written in a temporary folder and fitted in this process and on two worker
+processes, each way in turn, kernels compiled and dataset opened beforehand; the best time of
+each way counts. Once its rows are numbered by a dimension without a coordinate, once they lie
+along a time coordinate, which `xr.open_zarr` loads and the path does not. Exits non-zero if a
+ratio exceeds 1.5, or if the bits of the parameters differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+import zarr
+from distributed import Client, LocalCluster
+
+from nlsq_dask import fit_dataset
+
+CHUNK_ROWS = 500_000
+LIMIT = 1.5
+
+
+def decay(t, amplitude=1.0, rate=1.0, offset=0.0):
+    return amplitude * jnp.exp(-rate * t) + offset
+
+
+def write_archive(path: Path, num_rows: int, dim: str) -> Path:
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    arrays = [
+        group.create_array(
+            name, shape=(num_rows,), chunks=(CHUNK_ROWS,), dtype="f8", dimension_names=[dim]
+        )
+        for name in ("t", "y")
+    ]
+    for start in range(0, num_rows, CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, num_rows))
+        t = 10 * np.arange(rows.start, rows.stop) / num_rows
+        noise = np.random.default_rng([0, start]).normal(size=t.size)
+        arrays[0][rows] = t
+        arrays[1][rows] = 2 * np.exp(-0.5 * t) + 0.1 + 0.1 * noise
+    return path
+
+
+def compare(path: Path, where: str, client: Client | None, repeats: int) -> bool:
+    ways = {"by path": path, "open_zarr": xr.open_zarr(path, consolidated=False)}
+    results = {way: fit_dataset(ds, decay, y="y", client=client) for way, ds in ways.items()}
+    seconds = dict.fromkeys(ways, np.inf)
+    for _ in range(repeats):
+        for way, ds in ways.items():
+            start = time.perf_counter()
+            fit_dataset(ds, decay, y="y", client=client)
+            seconds[way] = min(seconds[way], time.perf_counter() - start)
+    ratio = seconds["open_zarr"] / seconds["by path"]
+    same = results["open_zarr"].popt.tobytes() == results["by path"].popt.tobytes()
+    print(
+        f"{path.stem:>10}, {where}: {seconds['by path']:.2f} s by path, "
+        f"{seconds['open_zarr']:.2f} s by open_zarr, ratio {ratio:.2f}, "
+        f"bits {'the same' if same else 'DIFFER'}; {results['open_zarr'].diagnostics['evaluator']}",
+        flush=True,
+    )
+    return same and ratio <= LIMIT
+
+
+def start_cluster() -> LocalCluster:
+    return LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=20_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        archives = [
+            write_archive(Path(folder) / "numbered.zarr", given.rows, "row"),
+            write_archive(Path(folder) / "timed.zarr", given.rows, "t"),
+        ]
+        passed = [compare(path, "this process", None, given.repeats) for path in archives]
+        with start_cluster() as cluster, Client(cluster, set_as_default=False) as client:
+            passed += [compare(path, "2 workers", client, given.repeats) for path in archives]
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
