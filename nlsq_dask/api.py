@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
-from nlsq_dask.evaluate.cluster import require_client
+from nlsq_dask.evaluate.clients import require_client
 from nlsq_dask.optimizer import (
     AdaptiveHybridStreamingOptimizer,
     require_callback,
@@ -33,6 +32,9 @@ from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["curve_fit", "fit_dataset", "require_choice", "with_scipy_options"]
 

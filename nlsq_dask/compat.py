@@ -24,7 +24,7 @@ from nlsq_dask.api import require_choice, with_scipy_options
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
-from nlsq_dask.evaluate.cluster import require_client
+from nlsq_dask.evaluate.clients import require_client
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, open_spool, require_config
 from nlsq_dask.parameters.space import BoundsLike, StartsLike
 from nlsq_dask.results.result import FitResult

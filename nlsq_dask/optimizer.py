@@ -13,21 +13,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.optimize
+import scipy
 
 from nlsq_dask._typing import Float, ModelFunction, Shape, Vector
 from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion, build_penalties
 from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.evaluate.cluster import (
-    ClusterEvaluator,
-    active_client,
-    platform_of,
-    require_client,
-)
+from nlsq_dask.evaluate.clients import active_client, require_client
 from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
-from nlsq_dask.evaluate.reach import require_reach
 from nlsq_dask.fingerprint import fingerprint_model
 from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import check_traceable
@@ -227,7 +221,7 @@ class AdaptiveHybridStreamingOptimizer:
             keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
         client = _choose_client(rows.source, space.num_free, client)
-        platform = jax.default_backend if client is None else functools.partial(platform_of, client)
+        platform = functools.partial(_platform, client)
         problem = _build_problem(rows, space, criterion, config, platform)
         open_evaluator = functools.partial(_open_evaluator, problem, config, client)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
@@ -335,6 +329,8 @@ def open_spool(
     spool = Spool(location, limit_bytes=limit_bytes, chunk_rows=chunk_rows)
     client = active_client() if client is None else client
     if client is not None:
+        from nlsq_dask.evaluate.reach import require_reach
+
         with ExitStack() as undo:
             undo.callback(spool.close)
             require_reach(client, spool.url, spool.storage_options)
@@ -475,4 +471,15 @@ def _choose_client(source: Source, num_free: int, client: Any) -> Any:
 def _open_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
     if client is None:
         return LocalEvaluator(problem, config)
+    from nlsq_dask.evaluate.cluster import ClusterEvaluator  # Dask takes its time to load
+
     return ClusterEvaluator(problem, config, client)
+
+
+def _platform(client: Any) -> str:
+    """The kind of device that rows are computed on."""
+    if client is None:
+        return jax.default_backend()
+    from nlsq_dask.evaluate.cluster import platform_of
+
+    return platform_of(client)

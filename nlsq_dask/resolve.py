@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeGuard
-
-import xarray as xr
-from zarr.abc.store import Store as ZarrStore
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nlsq_dask._typing import ModelFunction
 from nlsq_dask.model import Model, build_model, parameter_names, require_jac, unwrap_jit
@@ -24,13 +22,10 @@ from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import Spool
 from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.sources.stores import open_store
-from nlsq_dask.sources.xarray import (
-    DatasetRoles,
-    build_dataset_source,
-    build_stored_source,
-    known_names,
-)
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from zarr.abc.store import Store as ZarrStore
 
 __all__ = [
     "DatasetLike",
@@ -41,9 +36,7 @@ __all__ = [
     "resolve_dataset",
 ]
 
-DatasetLike: TypeAlias = xr.Dataset | str | os.PathLike[str] | ZarrStore | Source
-_STORE_TYPES = (str, os.PathLike, ZarrStore)
-_DATASET_TYPES = (xr.Dataset, Source, *_STORE_TYPES)
+DatasetLike: TypeAlias = "xr.Dataset | str | os.PathLike[str] | ZarrStore | Source"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,17 +75,18 @@ def resolve_dataset(
     StoreNotFoundError
         If there is no store.
     """
-    if isinstance(ds, _STORE_TYPES):
-        ds = open_store(ds, storage_options)
-    elif storage_options is not None:
+    if storage_options is not None and not _is_store(ds):
         raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
-    if isinstance(ds, xr.Dataset):
-        model = build_model(function, known_names(ds), x, claimed, jac)
+    given = _open(ds, storage_options)
+    if _is_dataset(given):
+        from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+
+        model = build_model(function, known_names(given), x, claimed, jac)
         roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
-        source, axes, num_clusters = build_dataset_source(ds, roles, time_units)
+        source, axes, num_clusters = build_dataset_source(given, roles, time_units)
         units = {name: axis.units for name, axis in axes.items()}
         return ModelledRows(source=source, model=model, time_axes=units, num_clusters=num_clusters)
-    if isinstance(ds, Source):
+    if isinstance(given, Source):
         require_absent(
             "a Source, which has its own",
             y=y,
@@ -101,11 +95,13 @@ def resolve_dataset(
             cluster=cluster,
             time_units=time_units,
         )
-        model = build_model(function, ds.variables, ds.variables if x is None else x, claimed, jac)
-        return ModelledRows(source=ds, model=model)
+        model = build_model(
+            function, given.variables, given.variables if x is None else x, claimed, jac
+        )
+        return ModelledRows(source=given, model=model)
     raise TypeError(
         "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
-        f"got {type(ds).__name__}"
+        f"got {type(given).__name__}"
     )
 
 
@@ -174,13 +170,15 @@ class GivenModel:
         if isinstance(data, Spool):
             require_absent("a spool, which has its own", sigma=sigma, x_data=x_data, y_data=y_data)
             return self.rows_spooled(data)
-        if not isinstance(data, _DATASET_TYPES):
+        if not (_is_store(data) or _is_dataset(data) or isinstance(data, Source)):
             raise TypeError(
                 "`data_source` must be (x, y), an iterator of batches, an xarray.Dataset, the "
                 f"path or URL of a store, or a Source, got {type(data).__name__}"
             )
-        ds = open_store(data) if isinstance(data, _STORE_TYPES) else data
+        ds = _open(data)
         if x_data is None and y_data is None and _is_row_store(ds, self.function):
+            from nlsq_dask.sources.xarray import build_stored_source
+
             return self._of_arrays(*build_stored_source(ds, sigma))
         return resolve_dataset(
             ds,
@@ -207,10 +205,33 @@ class GivenModel:
         )
 
 
-def _is_row_store(ds: xr.Dataset | Source, function: ModelFunction) -> TypeGuard[xr.Dataset]:
+def _open(ds: Any, storage_options: Mapping[str, Any] | None = None) -> Any:
+    """The dataset in a store; what is none as it is."""
+    if not _is_store(ds):
+        return ds
+    from nlsq_dask.sources.stores import open_store
+
+    return open_store(ds, storage_options)
+
+
+def _is_store(ds: object) -> bool:
+    """A path, a URL or a store of Zarr's, of which there is none before Zarr is loaded."""
+    zarr_store = sys.modules.get("zarr.abc.store")
+    is_zarr = zarr_store is not None and isinstance(ds, zarr_store.Store)
+    return is_zarr or isinstance(ds, str | os.PathLike)
+
+
+def _is_dataset(ds: object) -> bool:
+    xarray = sys.modules.get("xarray")
+    return xarray is not None and isinstance(ds, xarray.Dataset)
+
+
+def _is_row_store(ds: Any, function: ModelFunction) -> bool:
     """Whether a dataset is just ``x`` and ``y``, of rows first, rather than names to fit by."""
-    if not isinstance(ds, xr.Dataset) or not {"x", "y"} <= set(ds.variables):
+    if not _is_dataset(ds) or not {"x", "y"} <= set(ds.variables):
         return False
+    from nlsq_dask.sources.xarray import known_names
+
     names, _, _ = parameter_names(function)
     is_stacked = ds["x"].ndim == 2 and ds["y"].dims == ds["x"].dims[:1]
     return is_stacked or not known_names(ds).intersection(names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ ORDER = [
     {"kernels.reverse"},
     {"problem"},
     {"criterion"},
-    {"evaluate.tree", "evaluate.ownership"},
+    {"evaluate.tree", "evaluate.ownership", "evaluate.clients"},
     {"evaluate.base"},
     {"evaluate.shards"},
     {"evaluate.leaves"},
@@ -110,3 +112,17 @@ def test_files_and_functions_are_small(path):
             isinstance(node, ast.ExceptHandler)
             and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
         )
+
+
+@pytest.mark.parametrize(
+    "heavy", ["dask", "distributed", "xarray", "pandas", "zarr", "scipy.stats"]
+)
+def test_importing_loads_only_what_every_fit_needs(heavy):
+    """The rest, whoever uses it has loaded already or waits for it once."""
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, nlsq_dask; print({heavy!r} in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "False"

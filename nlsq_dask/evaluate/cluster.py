@@ -51,7 +51,7 @@ from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
-__all__ = ["ClusterEvaluator", "active_client", "platform_of", "require_client", "workers_of"]
+__all__ = ["ClusterEvaluator", "platform_of", "workers_of"]
 
 _Value = TypeVar("_Value")
 
@@ -62,23 +62,6 @@ _TASKS_PER_THREAD = 4
 _MAX_SHIPPED_BYTES = 2**16  # larger arrays travel as blocks, not inside each task
 _PERSIST_SHARE = 0.4  # of the workers' memory
 _WORKER_WAIT_SECONDS = 60.0
-
-
-def active_client() -> distributed.Client | None:
-    """The client that this thread would use, if there is one."""
-    try:
-        return distributed.get_client()
-    except ValueError:
-        return None
-
-
-def require_client(client: object) -> None:
-    """Refuse what is not a client, an address for instance."""
-    if client is not None and not isinstance(client, distributed.Client):
-        raise TypeError(
-            f"`client` must be a distributed.Client, got {client!r}; "
-            "connect first: `client = distributed.Client(address)`"
-        )
 
 
 class ClusterEvaluator:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import Bounds
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import LengthError
 from nlsq_dask.parameters.ties import Tie, order_ties
+
+if TYPE_CHECKING:
+    from scipy.optimize import Bounds
 
 __all__ = [
     "BoundsLike",
@@ -28,7 +31,7 @@ __all__ = [
 ]
 
 StartsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Vector | None
-BoundsLike: TypeAlias = Mapping[str, Any] | Sequence[Any] | Bounds | None
+BoundsLike: TypeAlias = "Mapping[str, Any] | Sequence[Any] | Bounds | None"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -264,12 +267,19 @@ def _follow(names: Sequence[str], starts: Sequence[Vector], ties: Sequence[Tie])
     return list(values.values())
 
 
+def _as_pair(bounds: Any) -> Any:
+    """``(lower, upper)`` of SciPy's object, of which there is none before its module is loaded."""
+    optimize = sys.modules.get("scipy.optimize")
+    is_scipys = optimize is not None and isinstance(bounds, optimize.Bounds)
+    return (bounds.lb, bounds.ub) if is_scipys else bounds
+
+
 def count_parameters(p0: StartsLike, bounds: BoundsLike) -> int | None:
     """How many parameters `p0` or `bounds` speak of, where a signature does not say."""
     if p0 is not None:
         return len(p0) if isinstance(p0, Mapping) else int(np.size(np.asarray(p0)))
-    pair = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else bounds
-    if isinstance(pair, Mapping) or not isinstance(pair, Sized):
+    pair = _as_pair(bounds)
+    if isinstance(pair, Mapping) or not isinstance(pair, Collection):
         return None
     sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
     return max(sizes) if sizes else None
@@ -349,7 +359,7 @@ def _resolve_bounds(
         ]
         lower, upper = (np.concatenate(side) for side in zip(*pairs, strict=True))
     else:
-        pair = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else bounds
+        pair = _as_pair(bounds)
         if not _is_pair(pair):
             raise ValueError(
                 f"`bounds` must be (lower, upper), a mapping by name or scipy.optimize.Bounds, "

@@ -6,12 +6,10 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import scipy.optimize
-import scipy.special
-import xarray as xr
+import scipy
 
 from nlsq_dask._typing import Float, Shape, Vector
 from nlsq_dask.errors import CovarianceError, SessionError
@@ -21,6 +19,9 @@ from nlsq_dask.results.session import Session
 from nlsq_dask.results.streaming import streaming_diagnostics
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["FitResult"]
 
@@ -165,6 +166,8 @@ class FitResult(Mapping[str, Any]):
     @property
     def params(self) -> xr.DataArray:
         """`popt` by name: ``result.params.sel(param="rate")``."""
+        import xarray as xr
+
         return xr.DataArray(self.popt, coords={"param": list(self.param_names)}, name="params")
 
     @property
@@ -172,6 +175,8 @@ class FitResult(Mapping[str, Any]):
         """`pcov` by name, along ``cov_i`` and ``cov_j``."""
         names = list(self.param_names)
         pcov, _ = self._require_covariance("`covariance`")
+        import xarray as xr
+
         return xr.DataArray(pcov, coords={"cov_i": names, "cov_j": names}, name="covariance")
 
     @property
@@ -403,6 +408,8 @@ class FitResult(Mapping[str, Any]):
 
     def _interval(self, chosen: Sequence[int], ends: Float[np.ndarray, "p 2"]) -> xr.DataArray:
         names = [self.param_names[i] for i in chosen]
+        import xarray as xr
+
         return xr.DataArray(
             ends,
             coords={"param": names, "side": ["lower", "upper"]},

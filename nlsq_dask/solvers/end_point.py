@@ -18,8 +18,8 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy
 import scipy.linalg
-import scipy.optimize
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.solvers.quadratic import (

@@ -19,8 +19,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import scipy.linalg
-import scipy.optimize
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.solvers.quadratic import QuadraticModel, spectrum_of

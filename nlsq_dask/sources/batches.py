@@ -17,15 +17,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
-import fsspec
 import numpy as np
-import zarr
-from fsspec.implementations.local import LocalFileSystem
 
 from nlsq_dask.errors import DataError, SpoolLimitError
 from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.sources.stores import open_store
-from nlsq_dask.sources.xarray import column_of
 
 __all__ = ["CHUNK_ROWS", "Spool"]
 
@@ -95,6 +90,9 @@ class Spool:
         chunk_rows: int = CHUNK_ROWS,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        import fsspec
+        from fsspec.implementations.local import LocalFileSystem
+
         self._options = dict(storage_options or {})
         self._chunk_rows = chunk_rows
         self._url = f"{_parent(location)}/nlsq-spool-{uuid.uuid4().hex[:12]}"
@@ -204,6 +202,9 @@ class Spool:
         if self._layout is None or self.num_rows == 0:
             raise DataError(f"there must be rows to fit, got {self._num_batches} batches with none")
         self._store(self._joined(self._layout))
+        from nlsq_dask.sources.stores import open_store
+        from nlsq_dask.sources.xarray import column_of
+
         ds = open_store(self._url, self._options or None)
         columns = {name: column_of(name, ds[name].variable) for name in self._layout.dtypes}
         source = GridSource(
@@ -245,6 +246,8 @@ class Spool:
             array[self._num_written : end] = columns[name]
 
     def _create_arrays(self, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        import zarr
+
         group = zarr.create_group(
             store=self._url,
             zarr_format=3,

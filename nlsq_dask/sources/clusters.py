@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.columns import MemoryColumn
@@ -30,6 +29,8 @@ def build_cluster_column(name: str, column: Column) -> tuple[Column, int]:
             f"dimensions of `y` has, got {size:,} in {name!r}"
         )
     values = column.read((slice(None),) * len(column.shape))
+    import pandas as pd
+
     codes, labels = pd.factorize(values.ravel(), sort=True)
     if (codes < 0).any():
         raise ValueError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cftime
 import numpy as np
-import xarray as xr
 
 from nlsq_dask._typing import Index, Shape
 from nlsq_dask.sources.base import Column
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["LazyColumn", "MemoryColumn", "TimeAxis", "TimeColumn", "build_time_column"]
 

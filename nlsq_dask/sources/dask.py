@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import dask
-import dask.array as da
-import distributed
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
@@ -41,12 +39,18 @@ class DaskColumn:
     @functools.cached_property
     def _is_persisted(self) -> bool:
         """Whether blocks are in the memory of a cluster, of which this process has promises."""
+        import distributed  # loaded where it is needed: it takes its time
+
         return bool(distributed.futures_of(self.array))
 
     def read(self, index: Index) -> np.ndarray:
         """Compute a rectangle here, in the calling thread; or where its blocks are."""
+        import dask
+
         part = self.array[index]
         if self._is_persisted:
+            import distributed
+
             client = distributed.futures_of(part)[0].client
             return np.asarray(client.compute(part).result())
         with dask.config.set(scheduler="synchronous"):
@@ -54,7 +58,8 @@ class DaskColumn:
 
 
 def is_dask_array(value: object) -> TypeGuard[Any]:
-    return isinstance(value, da.Array)
+    dask_array = sys.modules.get("dask.array")  # without which there are none
+    return dask_array is not None and isinstance(value, dask_array.Array)
 
 
 def require_known_chunks(name: str, array: Any) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import qmc
+import scipy
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
@@ -101,8 +101,9 @@ def draw_candidates(
 
 
 def _unit_points(config: HybridStreamingConfig, num_dims: int) -> Float[np.ndarray, "c k"]:
+    qmc = scipy.stats.qmc
     rng = np.random.default_rng([config.seed, 4])
-    samplers: Mapping[str, Callable[..., qmc.QMCEngine]] = {
+    samplers: Mapping[str, Callable[..., scipy.stats.qmc.QMCEngine]] = {
         "lhs": qmc.LatinHypercube,
         "sobol": qmc.Sobol,
         "halton": qmc.Halton,
