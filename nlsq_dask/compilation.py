@@ -11,7 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 __all__ = ["compile_seconds", "keep_compiled"]
 
 _STAGES = (
-    "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
@@ -20,7 +19,7 @@ _total_seconds = 0.0
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent tracing, lowering and compiling, in all threads."""
+    """Seconds that this process has spent lowering and compiling, in all threads."""
     return _total_seconds
 
 

@@ -66,7 +66,8 @@ def test_a_fit_says_what_compiling_took():
     first, second = (fit_dataset(ds, hyperbola, y="y", config=config) for _ in range(2))
     for each in (first, second):
         seconds = each.diagnostics["seconds"]
-        assert 0 < seconds["compiling"] <= seconds["total"]
+        assert 0 <= seconds["compiling"] <= seconds["total"]
         assert "s of them compiling here" in each.summary()
     seconds = [each.diagnostics["seconds"]["compiling"] for each in (first, second)]
-    assert seconds[1] < seconds[0]  # kernels are shared
+    assert seconds[0] > 0
+    assert seconds[1] == 0  # everything is shared

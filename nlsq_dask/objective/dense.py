@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from nlsq_dask._typing import Array, Float, Vector
+from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import Precision
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.evaluate.base import Account, Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import Bins
 from nlsq_dask.kernels.reverse import ReverseKernels
-from nlsq_dask.kernels.rows import residual_function, row_costs
-from nlsq_dask.kernels.tiles import whole_tile
 from nlsq_dask.normal_equations import RowSummary, Sums
-from nlsq_dask.objective.penalised import evaluation_of
+from nlsq_dask.objective.penalised import evaluation_of, penalised_slope
 from nlsq_dask.parameters.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
 from nlsq_dask.problem import Problem
@@ -100,23 +97,16 @@ class SampleObjective:
                 factor = scipy.linalg.qr(np.vstack([factor, jac]), mode="r")[0][:k]
         return next_whitening(factor)
 
-    def traced_cost(self, block: int) -> tuple[Callable[..., Array], tuple[Array | None, ...]]:
-        """``(params, *data) -> cost`` of one block, for JAX to trace; and that block's data.
-
-        `params` are all `n` parameters.
-        """
-        chunk = self.block(block)
-        problem, terms = self.problem, self.terms
+    def slope(self, params: Vector, block: int) -> tuple[float, Vector]:
+        """The cost on one block, and its gradient by the free parameters."""
+        everything = self.problem.space.expand(params)
+        with jax.enable_x64(True):
+            normal, _ = self.reverse.gradient(
+                everything, self.terms, self.block(block), precision="float64"
+            )
         penalty = self.penalty(range(block, block + 1))
-
-        def cost(params: Array, y: Array, sigma: Array | None, *x: Array) -> Array:
-            tile = whole_tile(replace(chunk, x=x, y=y, sigma=sigma), terms)
-            residual = residual_function(problem.model, problem.space, tile)(params)
-            on_rows = jnp.sum(row_costs(problem.loss, residual, terms))
-            completed = problem.space.complete(params)
-            return on_rows if problem.penalties.is_empty else on_rows + penalty.cost(completed)
-
-        return cost, (chunk.y, chunk.sigma, *chunk.x)
+        slope, _ = penalised_slope(self.problem, penalty, params, jax.device_get(normal))
+        return float(slope.cost), np.asarray(slope.grad)
 
     def costs(self, candidates: Float[np.ndarray, "c k"], blocks: range) -> Vector:
         """The cost at each candidate, without derivatives."""

@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nlsq_dask._typing import Array, Float, Vector
+from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.objective.dense import SampleObjective
 from nlsq_dask.parameters.space import strictly_inside
@@ -81,7 +79,7 @@ def data_spread(objective: SampleObjective, block: int) -> float:
 
 
 class Descents:
-    """L-BFGS in normalized space; the loss is compiled once for all starts."""
+    """L-BFGS in normalized space, on one block of the sample."""
 
     def __init__(
         self,
@@ -96,26 +94,14 @@ class Descents:
         self._spread = data_spread(objective, block)
         self._num_rows = int(selected_rows(objective.block(block)).sum())
         self._options = _options_of(config)
-        cost, data = objective.traced_cost(block)
-        with jax.enable_x64(True):
-            self._data = jax.device_put((normalizer.offset, normalizer.scale, *data))
-        self._value_and_grad = jax.jit(jax.value_and_grad(self._build_loss(cost)))
+        self._objective, self._block = objective, block
         self._bounds = normalizer.bounds
 
-    def _build_loss(self, cost: Callable[..., Array]) -> Callable[..., Array]:
-        p0 = self._space.p0
-        free = np.flatnonzero(self._space.is_free)
-
-        def loss(point: Array, offset: Array, scale: Array, *data: Array) -> Array:
-            params = jnp.asarray(p0).at[free].set(offset + scale * point)
-            return 2 * cost(params, *data) / self._spread
-
-        return loss
-
     def _evaluate(self, point: Vector) -> tuple[float, Vector]:
-        with jax.enable_x64(True):
-            value, grad = self._value_and_grad(point, *self._data)
-        return float(value), np.asarray(grad)
+        """Twice the cost, in units of the data's spread, and its gradient."""
+        offset, scale = self._normalizer.offset, self._normalizer.scale
+        cost, grad = self._objective.slope(offset + scale * point, self._block)
+        return 2 * cost / self._spread, 2 * scale * grad / self._spread
 
     def run(
         self,
