@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,14 +193,15 @@ def last_line(text: str) -> str:
 
 def compare(
     problem: Problem, num_rows: int, peers: Sequence[Peer], limits: Limits, options: Any
-) -> list[Run]:
+) -> Iterator[Run]:
     """All peers on the same rows, one after the other."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         data = write_data(problem, num_rows, Path(folder))
         if any(peer.reads_archive for peer in peers):
             write_archive(problem, data, min(options.chunk_rows, num_rows))
         minimum = find_minimum(problem, num_rows)
-        return [run_repeatedly(peer, data, limits, minimum, options.repeats) for peer in peers]
+        for peer in peers:
+            yield run_repeatedly(peer, data, limits, minimum, options.repeats)
 
 
 def run_repeatedly(peer: Peer, data: Data, limits: Limits, minimum: Minimum, repeats: int) -> Run:
@@ -285,10 +286,10 @@ def main() -> int:
     results: dict[str, Any] = {"machine": machine(), "runs": []}
     for name in options.problems:
         for num_rows in sorted(options.rows):
-            runs = compare(PROBLEMS[name], num_rows, peers, limits, options)
-            results["runs"] += [asdict(run) for run in runs]
-            # After every size: an hour's work is not lost with the next one.
-            options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+            for run in compare(PROBLEMS[name], num_rows, peers, limits, options):
+                results["runs"].append(asdict(run))
+                # After every fit: what took an hour is not lost with the next one.
+                options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     text = markdown(results)
     options.out.with_suffix(".md").write_text(text)
     print(f"\n{text}")

@@ -173,7 +173,11 @@ def own_on_workers(problem: Problem, data: Data, cache_bytes: int | None = None)
     from distributed import Client, LocalCluster
 
     cluster = LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        n_workers=2,
+        threads_per_worker=1,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        worker_dashboard_address="127.0.0.1:0",
     )
     with cluster, Client(cluster) as client:
         # Workers import when they are first asked to: that is no part of a fit.

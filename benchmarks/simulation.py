@@ -124,7 +124,9 @@ def run_scheduler(counts: Any, address: Any) -> None:
     from distributed import Scheduler
 
     async def serve() -> None:
-        async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        async with Scheduler(
+            host="127.0.0.1", port=0, dashboard=False, dashboard_address="127.0.0.1:0"
+        ) as scheduler:
             address.put(scheduler.address)
             await scheduler.finished()
 
@@ -147,6 +149,7 @@ def run_workers(counts: Any, address: str, num_workers: int, speed: Speed) -> No
                     memory_limit=0,
                     host="127.0.0.1",
                     dashboard=False,
+                    dashboard_address="127.0.0.1:0",
                     local_directory=folder,
                 )
                 for _ in range(first, min(first + _STARTED_AT_ONCE, num_workers))
