@@ -34,8 +34,8 @@ _TILE_BYTES = 2**20  # of Jacobian: it stays in the second-level cache
 _MAX_TILE_ROWS = 2**13
 _REVERSE_TILE_BYTES = 2**23  # of the model's largest array
 _MIN_REVERSE_TILE_ROWS = 64
-# Read, decoded and aligned at once in the reading thread, the next one ready, one computed.
-_LEAF_COPIES = 5
+# Read, decoded and aligned at once in the reading thread, the next two ready, one computed.
+_LEAF_COPIES = 6
 # Measured: what the first compilation of a kernel leaves behind in a process.
 _COMPILATION_BYTES = 320 * 2**20
 

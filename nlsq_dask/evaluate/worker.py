@@ -17,7 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
-from nlsq_dask.evaluate.tree import sum_range
+from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
@@ -99,7 +99,7 @@ def reduce_range(
     home = home_of(spec)
     is_owner = distributed.get_worker().address == owner
     if is_owner:
-        home.retain(owned)
+        home.reader.retain(owned)
     return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
 
 
@@ -113,7 +113,8 @@ def map_chunk(
     """Apply a function to a chunk, which stays with its owner for the passes to come."""
     is_owner = distributed.get_worker().address == owner
     given = None if blocks is None else {index: blocks}
-    return function(index, home_of(spec).fetch(index, may_cache=is_owner, blocks=given))
+    chunk = home_of(spec).reader.fetch_host(index, may_cache=is_owner, blocks=given)
+    return function(index, chunk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +141,7 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
     """The reports of consecutive leaves as one."""
     each: list[RangeReport] = [report.ravel()[0] for report in reports]
     leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
-    nodes, bins = sum_range(leaves, level)
+    nodes, bins = sum_range(leaves, level, bin_of)
     return RangeReport(
         nodes=nodes,
         bins=bins,
