@@ -29,7 +29,7 @@ ORDER = [
     {"kernels.reverse"},
     {"problem"},
     {"criterion"},
-    {"evaluate.tree", "evaluate.ownership"},
+    {"evaluate.tree", "evaluate.ownership", "evaluate.heap"},
     {"evaluate.base"},
     {"evaluate.shards", "evaluate.packed", "evaluate.reading"},
     {"evaluate.leaves"},

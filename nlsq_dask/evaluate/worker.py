@@ -16,6 +16,7 @@ import psutil
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
@@ -25,7 +26,7 @@ __all__ = [
     "JAXLIB_VERSION",
     "BlockTask",
     "HomeSpec",
-    "ThreadPoolSize",
+    "ProcessSettings",
     "forget_home",
     "map_chunk",
     "merge_reports",
@@ -155,12 +156,19 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
     )
 
 
-class ThreadPoolSize(WorkerPlugin):
-    """XLA's thread pool as large as the worker, not as the machine.
+class ProcessSettings(WorkerPlugin):
+    """XLA's thread pool as large as the worker, not as the machine; freed memory kept for a fit.
 
     Only this variable works, and only before the process's first computation; Dask applies
     the plugin again to a worker that was restarted.
     """
 
+    def __init__(self, token: str) -> None:
+        self._token = token
+
     def setup(self, worker: Any) -> None:
         os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))
+        keep_freed_memory(self._token)
+
+    def teardown(self, worker: Any) -> None:
+        return_freed_memory(self._token)
