@@ -39,8 +39,8 @@ _ACCELERATOR_TILE_ROWS = 2**17
 _MOST_IN_LANES = 16  # parameters; beyond, a matrix product is as fast
 _REVERSE_TILE_BYTES = 2**23  # of the model's largest array
 _MIN_REVERSE_TILE_ROWS = 64
-# Read, decoded and aligned at once in the reading thread, the next one ready, one computed.
-_LEAF_COPIES = 5
+# Read, decoded and aligned at once in the reading thread, the next two ready, one computed.
+_LEAF_COPIES = 6
 # Measured: what the first compilation of a kernel leaves behind in a process.
 _COMPILATION_BYTES = 320 * 2**20
 

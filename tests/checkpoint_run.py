@@ -58,17 +58,19 @@ def die_at_record(record: IterationRecord, phase: int, at: int) -> None:
 
 def die_in_pass(at: int) -> None:
     """While the leaves of a pass are being summed."""
-    fetch, seen = ProblemHome._chunk, {"leaves": 0}
+    start, seen = ProblemHome._start, {"leaves": 0, "passes": 0}
 
-    @functools.wraps(fetch)
-    def counting(self: ProblemHome, index: int, *rest: Any) -> Any:
-        if self.problem.source.num_rows > 50_000:  # not the sample
-            seen["leaves"] += index == 0
-            if index == 1 and seen["leaves"] == at + 1:
+    @functools.wraps(start)
+    def counting(self: ProblemHome, *rest: Any) -> Any:
+        source = self.problem.source
+        if source.num_rows > 50_000:  # not the sample
+            seen["passes"] += seen["leaves"] % source.num_chunks == 0
+            seen["leaves"] += 1
+            if seen["passes"] == at and seen["leaves"] % source.num_chunks == 2:
                 die()
-        return fetch(self, index, *rest)
+        return start(self, *rest)
 
-    ProblemHome._chunk = counting  # type: ignore[method-assign]
+    ProblemHome._start = counting  # type: ignore[method-assign]
 
 
 def die_in_write(at: int) -> None:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.tree import bin_level, fold_bins, fold_nodes, split_leaves, sum_range
+from nlsq_dask.evaluate.tree import (
+    bin_level,
+    bin_of,
+    fold_bins,
+    fold_nodes,
+    split_leaves,
+    sum_range,
+)
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, Sums
 
 
@@ -50,7 +57,9 @@ def test_same_bits_for_any_split(num_leaves, cuts, level):
     edges = sorted({0, num_leaves, *(cut for cut in cuts if cut < num_leaves)})
     nodes, bins = {}, {}
     for start, stop in itertools.pairwise(edges):
-        part, kept = sum_range(((i, make_leaf(values[i])) for i in range(start, stop)), level)
+        part, kept = sum_range(
+            ((i, make_leaf(values[i])) for i in range(start, stop)), level, bin_of
+        )
         assert len(part) <= 2 * (stop - start).bit_length()
         nodes |= part
         bins |= kept

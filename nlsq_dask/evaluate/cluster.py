@@ -36,7 +36,7 @@ from nlsq_dask.evaluate.worker import (
     JAXLIB_VERSION,
     BlockTask,
     HomeSpec,
-    ThreadPoolSize,
+    ProcessSettings,
     forget_home,
     map_chunk,
     merge_reports,
@@ -89,7 +89,7 @@ class ClusterEvaluator:
         self._is_persisted = False
         self._cache_bytes = self._choose_cache_bytes(len(workers))
         with contextlib.ExitStack() as undo:
-            client.register_plugin(ThreadPoolSize(), name=self._plugin_name)
+            client.register_plugin(ProcessSettings(self._token), name=self._plugin_name)
             self._send_problem()
             undo.callback(self.close)
             self._probes = self._probe_workers()
@@ -99,7 +99,7 @@ class ClusterEvaluator:
 
     @property
     def _plugin_name(self) -> str:
-        return f"nlsq-threads-{self._token}"
+        return f"nlsq-settings-{self._token}"
 
     @property
     def description(self) -> str:

@@ -6,12 +6,10 @@ import functools
 import operator
 import os
 import sys
-import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,47 +17,46 @@ import numpy as np
 import psutil
 
 from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.packed import Layout, PackedSums
+from nlsq_dask.evaluate.reading import Blocks, ChunkReader, Meter, accelerator, device_room
 from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
 from nlsq_dask.kernels.reverse import ReverseKernels, build_reverse_kernels
 from nlsq_dask.normal_equations import CostSum, RowStatistics, Sums
 from nlsq_dask.problem import Problem
-from nlsq_dask.sources.base import Chunk, check_chunk, pad_chunk
-from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.base import Chunk
 
-__all__ = ["Blocks", "ProblemHome", "peak_memory_bytes", "shapes_of"]
+__all__ = ["ProblemHome", "peak_memory_bytes", "shapes_of"]
 
-Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
+# Waiting costs as much as starting a leaf does, which counts where leaves are small.
+_GROUP_BYTES = 2**22
+_MAX_GROUP = 32
 
 
 @dataclass(kw_only=True, eq=False)
 class ProblemHome:
-    """What a process keeps of a problem between passes: kernels and chunks.
-
-    All of it can be rebuilt. Chunks are admitted until `cache_bytes` are full and dropped when
-    the process no longer owns them; on a cyclic scan, dropping the least recently used one
-    would drop each just before it is needed.
-    """
+    """What a process keeps of a problem between passes: kernels and chunks. All can be rebuilt."""
 
     problem: Problem
     cache_bytes: int
     prefetch: bool
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
-    _cache: dict[int, Chunk] = field(default_factory=dict)
-    _cached_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    reader: ChunkReader = field(init=False)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
         self.reverse = build_reverse_kernels(self.problem.kernel_spec)
-
-    def retain(self, owned: Sequence[range]) -> None:
-        """Drop the chunks that another process owns now."""
-        with self._lock:
-            for index in [i for i in self._cache if not any(i in leaves for leaves in owned)]:
-                self._cached_bytes -= self._cache.pop(index).nbytes
+        # Slabs are moved to the devices that share a leaf when it is cut.
+        device = accelerator() if self.problem.plan.num_shards == 1 else None
+        self.reader = ChunkReader(
+            self.problem.source,
+            cache_bytes=self.cache_bytes,
+            prefetch=self.prefetch,
+            device=device,
+            device_bytes=0 if device is None else device_room(device),
+        )
 
     def reduce(
         self,
@@ -71,19 +68,21 @@ class ProblemHome:
     ) -> RangeReport:
         """Sum the leaves of a range, into nodes of the tree."""
         start = time.perf_counter()
-        meter = _Meter()
+        meter = Meter()
         offending: list[int] = []
+        chunks = self.reader.stream(leaves, meter, may_cache=may_cache, blocks=blocks)
 
-        def each() -> Iterator[tuple[int, Sums]]:
-            for index, chunk in self._chunks(leaves, meter, may_cache, blocks):
-                sums = self._evaluate(chunk, request, meter)
-                if request.names_leaves and _is_offending(sums):
+        def each() -> Iterator[tuple[int, PackedSums]]:
+            for index, sums in self._evaluate(chunks, request, meter):
+                if request.names_leaves and sums.is_offending:
                     offending.append(index)
                 yield index, sums
 
-        nodes, bins = sum_range(each(), bin_level(self.problem.source.num_chunks))
+        with closing(chunks):
+            level = bin_level(self.problem.source.num_chunks)
+            nodes, bins = sum_range(each(), level, PackedSums.bin)
         return RangeReport(
-            nodes=nodes,
+            nodes={node: sums.unpack() for node, sums in nodes.items()},
             bins=bins,
             bytes_read=meter.bytes_read,
             read_seconds=meter.read_seconds,
@@ -94,19 +93,52 @@ class ProblemHome:
             offending_leaves=tuple(offending[:16]),
         )
 
-    def _evaluate(self, chunk: Chunk, request: Request, meter: _Meter) -> Sums:
-        """The sums of a leaf. Its slabs are computed beside each other, and added in order."""
+    def _evaluate(
+        self, chunks: Iterator[tuple[int, Chunk]], request: Request, meter: Meter
+    ) -> Iterator[tuple[int, PackedSums]]:
+        """The sums of each leaf, in order. Small leaves are waited for a group at a time."""
+        request = _on_device(request)
+        started: list[tuple[int, list[Sums]]] = []
+        layout: Layout | None = None
+        ready: set[Hashable] = set()
+        group_size = 1
+        for index, chunk in chunks:
+            started.append((index, self._start(chunk, request, meter, ready)))
+            if self.reader.device is not None:
+                for array in jax.tree.leaves(started[-1][1]):
+                    array.copy_to_host_async()
+            if layout is None:
+                layout = Layout(started[0][1][0])
+                group_size = _group_size(chunk.nbytes + layout.nbytes)
+            if len(started) == group_size:
+                yield from _fetch(started, layout)
+                started.clear()
+        if layout is not None:
+            yield from _fetch(started, layout)
+
+    def _start(
+        self, chunk: Chunk, request: Request, meter: Meter, ready: set[Hashable]
+    ) -> list[Sums]:
+        """Start the sums of a leaf: its slabs are computed beside each other."""
         slabs = cut_slabs(chunk, self.problem.plan.num_shards)
+        kind = _kind_of(slabs[0])
         # Other processes never saw the client's setting, and the setting is the thread's own.
-        with jax.enable_x64(True), self._compiling_once(slabs[0], request, meter):
-            if len(slabs) == 1:
-                return _fetch(self._dispatch(chunk, request))
-            devices = jax.local_devices()
-            dispatched = [
-                self._dispatch(jax.device_put(slab, devices[i % len(devices)]), request)
-                for i, slab in enumerate(slabs)
-            ]
-            return functools.reduce(operator.add, map(_fetch, dispatched))
+        with jax.enable_x64(True):
+            if kind not in ready:
+                with self._compiling_once(slabs[0], request, meter):
+                    started = self._start_slabs(slabs, request)
+                ready.add(kind)
+                return started
+            return self._start_slabs(slabs, request)
+
+    def _start_slabs(self, slabs: Sequence[Chunk], request: Request) -> list[Sums]:
+        if len(slabs) == 1:
+            return [self._dispatch(slabs[0], request)]
+        devices = jax.local_devices()
+        return [
+            self._dispatch(jax.device_put(slab, devices[i % len(devices)]), request)
+            for i, slab in enumerate(slabs)
+        ]
 
     def _dispatch(self, chunk: Chunk, request: Request) -> Sums:
         """Start what is asked for, on the device that holds the chunk, without waiting for it."""
@@ -135,7 +167,7 @@ class ProblemHome:
         return self.reverse.gradient(params, terms, chunk, precision=precision)
 
     @contextmanager
-    def _compiling_once(self, chunk: Chunk, request: Request, meter: _Meter) -> Iterator[None]:
+    def _compiling_once(self, chunk: Chunk, request: Request, meter: Meter) -> Iterator[None]:
         """Let one thread compile while the others of the process wait for it."""
         shapes = shapes_of(
             (request.params, request.directions, request.vectors, request.terms, chunk)
@@ -156,72 +188,42 @@ class ProblemHome:
             yield
             kernels.compiled.update(needed)
 
-    def _chunks(
-        self, leaves: range, meter: _Meter, may_cache: bool, blocks: Blocks | None
-    ) -> Iterator[tuple[int, Chunk]]:
-        """Padded chunks in order, the next one read while the caller computes on this one."""
-        if not self.prefetch or len(leaves) == 1:
-            for index in leaves:
-                yield index, self._chunk(index, meter, may_cache, blocks)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read") as reader:
-            pending = reader.submit(self._chunk, leaves[0], meter, may_cache, blocks)
-            for index in leaves:
-                chunk = pending.result()
-                if index + 1 in leaves:
-                    pending = reader.submit(self._chunk, index + 1, meter, may_cache, blocks)
-                yield index, chunk
-
-    def _chunk(self, index: int, meter: _Meter, may_cache: bool, blocks: Blocks | None) -> Chunk:
-        cached = self._cache.get(index)
-        if cached is not None:
-            return cached
-        start = time.perf_counter()
-        chunk = pad_chunk(self._read(index, blocks), self.problem.source.chunk_shape)
-        meter.read_seconds += time.perf_counter() - start
-        meter.bytes_read += chunk.nbytes
-        if may_cache:
-            with self._lock:
-                if self._cached_bytes + chunk.nbytes <= self.cache_bytes:
-                    self._cache[index] = chunk
-                    self._cached_bytes += chunk.nbytes
-        return chunk
-
-    def _read(self, index: int, blocks: Blocks | None) -> Chunk:
-        source = self.problem.source
-        if blocks is None:
-            return check_chunk(source.read(index), source, index)
-        assert isinstance(source, GridSource)
-        return source.assemble(index, blocks[index])
-
-    def fetch(self, index: int, *, may_cache: bool = True, blocks: Blocks | None = None) -> Chunk:
-        """A chunk, padded to the common shape; from the cache if it is there."""
-        return self._chunk(index, _Meter(), may_cache, blocks)
-
-
-@dataclass(kw_only=True)
-class _Meter:
-    bytes_read: int = 0
-    read_seconds: float = 0.0
-    num_compilations: int = 0
-
 
 def shapes_of(arguments: Any) -> Hashable:
     """What decides whether a kernel has been compiled for these arguments."""
     leaves = jax.tree.leaves(arguments)
-    shapes = tuple((np.shape(leaf), str(np.result_type(leaf))) for leaf in leaves)
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
     return jax.tree.structure(arguments), shapes
 
 
-def _fetch(sums: Sums) -> Sums:
-    fetched: Sums = jax.device_get(sums)
-    return fetched
+def _kind_of(chunk: Chunk) -> Hashable:
+    """Shapes and dtypes of a chunk: less than `shapes_of`, and looked at for every leaf."""
+    parts = (*chunk.x, chunk.y, chunk.sigma, chunk.where, chunk.cluster)
+    return tuple(None if part is None else (part.shape, part.dtype) for part in parts)
 
 
-def _is_offending(sums: Sums) -> bool:
-    rows = sums.rows
-    refused = rows.num_bad_sigma or rows.num_invalid or rows.num_stray
-    return bool(not sums.normal.is_finite or refused)
+def _group_size(leaf_bytes: int) -> int:
+    """How many leaves are started before their sums are waited for."""
+    return max(1, min(_MAX_GROUP, _GROUP_BYTES // leaf_bytes))
+
+
+def _on_device(request: Request) -> Request:
+    """The same request, its arrays moved once for all leaves."""
+    with jax.enable_x64(True):
+        params, directions, vectors, rivals, terms = jax.device_put(
+            (request.params, request.directions, request.vectors, request.rivals, request.terms)
+        )
+    return replace(
+        request, params=params, directions=directions, vectors=vectors, rivals=rivals, terms=terms
+    )
+
+
+def _fetch(
+    started: Sequence[tuple[int, list[Sums]]], layout: Layout
+) -> Iterator[tuple[int, PackedSums]]:
+    """Wait for the sums of some leaves; those of slabs are added in order."""
+    for index, slabs in started:
+        yield index, functools.reduce(operator.add, map(layout.pack, slabs))
 
 
 def peak_memory_bytes() -> int:

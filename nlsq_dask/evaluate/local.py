@@ -90,7 +90,9 @@ class LocalEvaluator:
     ) -> list[_Value]:
         """``[function(i, chunk_i), …]``."""
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map") as threads:
-            return list(threads.map(lambda i: function(i, self._home.fetch(i)), indices))
+            return list(
+                threads.map(lambda i: function(i, self._home.reader.fetch_host(i)), indices)
+            )
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; nothing to project where the data are here already."""
@@ -108,7 +110,7 @@ class LocalEvaluator:
         return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
 
     def close(self) -> None:
-        self._home.retain([])
+        self._home.reader.retain([])
 
 
 def _num_cpus() -> int:

@@ -8,8 +8,8 @@ computes which part, in whatever order: the same additions happen, so the bits a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ __all__ = [
     "Bins",
     "Node",
     "bin_level",
+    "bin_of",
     "fold_bins",
     "fold_nodes",
     "split_leaves",
@@ -31,6 +32,13 @@ Node: TypeAlias = tuple[int, int]
 Bin: TypeAlias = Float[np.ndarray, "4"]  # rows, rows left out, Σ r, Σ r²
 Bins: TypeAlias = Float[np.ndarray, "bins 4"]
 
+
+class _Additive(Protocol):
+    def __add__(self, other: Self, /) -> Self: ...
+
+
+_Value = TypeVar("_Value", bound=_Additive)
+
 MAX_BINS = 1024
 
 
@@ -40,14 +48,14 @@ def bin_level(num_leaves: int) -> int:
 
 
 def sum_range(
-    leaves: Iterable[tuple[int, Sums]], level: int
-) -> tuple[dict[Node, Sums], dict[Node, Bin]]:
+    leaves: Iterable[tuple[int, _Value]], level: int, bin_of: Callable[[_Value], Bin]
+) -> tuple[dict[Node, _Value], dict[Node, Bin]]:
     """Sums of consecutive leaves, merged as far up the tree as they go, and bins on the way.
 
     A range of leaves comes to at most ``2 log2`` of its length nodes. A bin is what is kept of
     each node at `level`, before it is merged further.
     """
-    nodes: list[tuple[Node, Sums]] = []
+    nodes: list[tuple[Node, _Value]] = []
     bins: dict[Node, Bin] = {}
     for index, sums in leaves:
         nodes.append(((0, index), sums))
@@ -79,7 +87,7 @@ def _are_siblings(left: Node, right: Node) -> bool:
 
 def fold_nodes(nodes: Mapping[Node, Sums], num_leaves: int) -> Sums:
     """The root, from nodes that cover every leaf once."""
-    return _value((num_leaves - 1).bit_length(), 0, nodes, num_leaves)
+    return _sum_below((num_leaves - 1).bit_length(), 0, nodes, num_leaves)
 
 
 def fold_bins(
@@ -89,18 +97,20 @@ def fold_bins(
     every = range(-(-num_leaves // 2**level))
     return np.stack(
         [
-            bins[level, i] if (level, i) in bins else bin_of(_value(level, i, nodes, num_leaves))
+            bins[level, i]
+            if (level, i) in bins
+            else bin_of(_sum_below(level, i, nodes, num_leaves))
             for i in every
         ]
     )
 
 
-def _value(level: int, index: int, nodes: Mapping[Node, Sums], num_leaves: int) -> Sums:
+def _sum_below(level: int, index: int, nodes: Mapping[Node, Sums], num_leaves: int) -> Sums:
     if (level, index) in nodes:
         return nodes[level, index]
-    left = _value(level - 1, 2 * index, nodes, num_leaves)
+    left = _sum_below(level - 1, 2 * index, nodes, num_leaves)
     has_right = (2 * index + 1) << (level - 1) < num_leaves
-    return left + _value(level - 1, 2 * index + 1, nodes, num_leaves) if has_right else left
+    return left + _sum_below(level - 1, 2 * index + 1, nodes, num_leaves) if has_right else left
 
 
 def split_leaves(num_leaves: int, num_parts: int) -> list[range]:

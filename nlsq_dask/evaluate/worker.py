@@ -18,8 +18,9 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
-from nlsq_dask.evaluate.tree import sum_range
+from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
@@ -27,7 +28,7 @@ __all__ = [
     "JAXLIB_VERSION",
     "BlockTask",
     "HomeSpec",
-    "ThreadPoolSize",
+    "ProcessSettings",
     "forget_home",
     "map_chunk",
     "merge_reports",
@@ -82,7 +83,7 @@ def same_spec(spec: HomeSpec) -> HomeSpec:
 
 def platform_of_worker(dask_worker: Any) -> str:
     """The kind of device that JAX computes on there."""
-    ThreadPoolSize().setup(dask_worker)  # before JAX looks for devices
+    _fit_thread_pool(dask_worker)  # before JAX looks for devices
     return jax.default_backend()
 
 
@@ -111,7 +112,7 @@ def reduce_range(
     home = home_of(spec)
     is_owner = distributed.get_worker().address == owner
     if is_owner:
-        home.retain(owned)
+        home.reader.retain(owned)
     return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
 
 
@@ -125,7 +126,8 @@ def map_chunk(
     """Apply a function to a chunk, which stays with its owner for the passes to come."""
     is_owner = distributed.get_worker().address == owner
     given = None if blocks is None else {index: blocks}
-    return function(index, home_of(spec).fetch(index, may_cache=is_owner, blocks=given))
+    chunk = home_of(spec).reader.fetch_host(index, may_cache=is_owner, blocks=given)
+    return function(index, chunk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +155,7 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
     """The reports of consecutive leaves as one."""
     each: list[RangeReport] = [report.ravel()[0] for report in reports]
     leaves = ((node[1], sums) for report in each for node, sums in report.nodes.items())
-    nodes, bins = sum_range(leaves, level)
+    nodes, bins = sum_range(leaves, level, bin_of)
     return RangeReport(
         nodes=nodes,
         bins=bins,
@@ -167,12 +169,26 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
     )
 
 
-class ThreadPoolSize(WorkerPlugin):
-    """XLA's thread pool as large as the worker, not as the machine.
+class ProcessSettings(WorkerPlugin):
+    """For a fit: the size of XLA's thread pool, and freed memory kept at hand.
 
-    Only this variable works, and only before the process's first computation; Dask applies
-    the plugin again to a worker that was restarted.
+    Dask applies the plugin again to a worker that was restarted.
     """
 
+    def __init__(self, token: str) -> None:
+        self._token = token
+
     def setup(self, worker: Any) -> None:
-        os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))
+        _fit_thread_pool(worker)
+        keep_freed_memory(self._token)
+
+    def teardown(self, worker: Any) -> None:
+        return_freed_memory(self._token)
+
+
+def _fit_thread_pool(worker: Any) -> None:
+    """XLA's thread pool as large as the worker, not as the machine.
+
+    Only this variable works, and only before the process's first computation.
+    """
+    os.environ.setdefault("PJRT_NPROC", str(worker.state.nthreads))

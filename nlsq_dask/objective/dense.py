@@ -68,7 +68,7 @@ class SampleObjective:
 
     def block(self, index: int) -> Chunk:
         """A block of the sample, padded to the common shape."""
-        return self._home.fetch(index)
+        return self._home.reader.fetch(index)
 
     def penalty(self, blocks: range) -> PenaltyRows:
         """The penalty at its weight beside these blocks."""

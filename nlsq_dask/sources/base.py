@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
+from nlsq_dask.sources.buffers import aligned_empty, is_aligned
 
 __all__ = ["Chunk", "Column", "Source", "check_chunk", "finite_rows", "pad_chunk", "selected_rows"]
 
@@ -112,31 +114,40 @@ def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
     return chunk
 
 
-def pad_chunk(chunk: Chunk, shape: Shape) -> Chunk:
+def pad_chunk(
+    chunk: Chunk, shape: Shape, empty: Callable[[Shape, np.dtype], np.ndarray] = aligned_empty
+) -> Chunk:
     """Pad a ragged chunk to `shape`, so that one compiled kernel serves all chunks.
 
     The padding repeats edge values, at which the model is as defined as in the chunk itself;
-    `extent` records what is real.
+    `extent` records what is real. Arrays that JAX would have to copy are copied here instead,
+    into memory of `empty`.
     """
+    lengths = chunk.y.shape
 
-    def pad(array: Array) -> Array:
+    def pad(given: Array) -> np.ndarray:
         # An axis shorter than the chunk's own is broadcast, and stays as it is.
-        widths = [
-            (0, want - real if have == real else 0)
-            for have, real, want in zip(array.shape, chunk.y.shape, shape, strict=True)
-        ]
-        return np.pad(array, widths, mode="edge")
+        array = np.asarray(given)
+        wanted = tuple(
+            want if have == real else have
+            for have, real, want in zip(array.shape, lengths, shape, strict=True)
+        )
+        if array.shape == wanted and is_aligned(array):
+            return array
+        padded = empty(wanted, array.dtype)
+        padded[tuple(map(slice, array.shape))] = array
+        for axis, have in enumerate(array.shape):
+            before = (slice(None),) * axis
+            padded[(*before, slice(have, None))] = padded[(*before, slice(have - 1, have))]
+        return padded
 
-    extent = np.asarray(chunk.y.shape, np.int64)
-    if chunk.y.shape == tuple(shape):
-        return replace(chunk, extent=extent)
     return Chunk(
         x=tuple(pad(column) for column in chunk.x),
         y=pad(chunk.y),
         sigma=None if chunk.sigma is None else pad(chunk.sigma),
         where=None if chunk.where is None else pad(chunk.where),
         cluster=None if chunk.cluster is None else pad(chunk.cluster),
-        extent=extent,
+        extent=np.asarray(lengths, np.int64),
     )
 
 

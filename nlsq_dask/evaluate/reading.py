@@ -1,0 +1,174 @@
+"""Chunks as kernels take them: padded, aligned, read ahead of the computing, and kept."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
+from nlsq_dask.sources.buffers import BufferPool
+from nlsq_dask.sources.grid import GridSource
+
+__all__ = ["Blocks", "ChunkReader", "Meter", "accelerator", "device_room"]
+
+Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
+
+_NUM_AHEAD = 2  # leaves that may be ready before they are needed
+_DEVICE_SHARE = 0.5  # of an accelerator's free memory, for chunks
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """What a range of leaves took."""
+
+    bytes_read: int = 0
+    read_seconds: float = 0.0  # in the reading thread, beside the computing
+    num_compilations: int = 0
+
+
+class ChunkReader:
+    """Reads the chunks of a source, and keeps those that fit.
+
+    All of it can be rebuilt. Chunks are admitted until `cache_bytes` are full and dropped when
+    the process no longer owns them; on a cyclic scan, dropping the least recently used one
+    would drop each just before it is needed. With a `device`, chunks are moved there by the
+    reading thread, and `device_bytes` of them stay.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        cache_bytes: int,
+        prefetch: bool,
+        device: jax.Device | None = None,
+        device_bytes: int = 0,
+    ) -> None:
+        self._source = source
+        self._prefetch = prefetch
+        self.device = device
+        self._room = cache_bytes
+        self._device_room = device_bytes
+        self._cache: dict[int, Chunk] = {}
+        self._pool = BufferPool()
+        self._lock = threading.Lock()
+
+    def retain(self, owned: Sequence[range]) -> None:
+        """Drop the chunks that another process owns now."""
+        with self._lock:
+            for index in [i for i in self._cache if not any(i in leaves for leaves in owned)]:
+                chunk = self._cache.pop(index)
+                self._room += chunk.nbytes
+                self._device_room += chunk.nbytes if _is_on_device(chunk) else 0
+
+    def fetch(self, index: int, *, may_cache: bool = True, blocks: Blocks | None = None) -> Chunk:
+        """One chunk; from the cache if it is there."""
+        return self._chunk(index, Meter(), may_cache, blocks)
+
+    def fetch_host(
+        self, index: int, *, may_cache: bool = True, blocks: Blocks | None = None
+    ) -> Chunk:
+        """One chunk, as NumPy arrays."""
+        chunk: Chunk = jax.device_get(self.fetch(index, may_cache=may_cache, blocks=blocks))
+        return chunk
+
+    def stream(
+        self, leaves: range, meter: Meter, *, may_cache: bool = True, blocks: Blocks | None = None
+    ) -> Generator[tuple[int, Chunk]]:
+        """Chunks in order, the next ones read while the caller computes on this one."""
+        with self._lock:
+            kept = {i: self._cache[i] for i in leaves if self._is_in_place(i)}
+        missing = [i for i in leaves if i not in kept]
+        read = functools.partial(self._chunk, meter=meter, may_cache=may_cache, blocks=blocks)
+        with closing(self._read_ahead(missing, read)) as arriving:
+            for index in leaves:
+                yield index, kept[index] if index in kept else next(arriving)
+
+    def _read_ahead(self, missing: Sequence[int], read: Callable[[int], Chunk]) -> Generator[Chunk]:
+        if not self._prefetch or len(missing) < 2:
+            yield from map(read, missing)
+            return
+        ahead = iter(missing)
+        pending: deque[Future[Chunk]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read") as reader:
+            try:
+                pending.extend(reader.submit(read, i) for i in itertools.islice(ahead, _NUM_AHEAD))
+                while pending:
+                    chunk = pending.popleft().result()
+                    pending.extend(reader.submit(read, i) for i in itertools.islice(ahead, 1))
+                    yield chunk
+            finally:  # after an error, nothing more is read
+                for future in pending:
+                    future.cancel()
+
+    def _is_in_place(self, index: int) -> bool:
+        """Whether a chunk is kept where it is computed on."""
+        chunk = self._cache.get(index)
+        return chunk is not None and (self.device is None or _is_on_device(chunk))
+
+    def _chunk(self, index: int, meter: Meter, may_cache: bool, blocks: Blocks | None) -> Chunk:
+        kept = self._cache.get(index)
+        if kept is not None:
+            return self._place(kept)
+        start = time.perf_counter()
+        chunk = pad_chunk(self._read(index, blocks), self._source.chunk_shape, self._pool.empty)
+        placed = self._place(chunk)
+        meter.read_seconds += time.perf_counter() - start
+        meter.bytes_read += chunk.nbytes
+        if may_cache:
+            self._admit(index, chunk, placed)
+        return placed
+
+    def _read(self, index: int, blocks: Blocks | None) -> Chunk:
+        source = self._source
+        if blocks is None:
+            return check_chunk(source.read(index), source, index)
+        assert isinstance(source, GridSource)
+        return source.assemble(index, blocks[index])
+
+    def _place(self, chunk: Chunk) -> Chunk:
+        """Where it is computed on: on the device, in 64 bits there too, or as it is."""
+        if self.device is None or _is_on_device(chunk):
+            return chunk
+        with jax.enable_x64(True):
+            placed: Chunk = jax.device_put(chunk, self.device)
+        return placed
+
+    def _admit(self, index: int, chunk: Chunk, placed: Chunk) -> None:
+        with self._lock:
+            if index in self._cache or chunk.nbytes > self._room:
+                return
+            self._room -= chunk.nbytes
+            if _is_on_device(placed) and chunk.nbytes <= self._device_room:
+                self._device_room -= chunk.nbytes
+                self._cache[index] = placed
+            else:
+                self._cache[index] = chunk
+
+
+def _is_on_device(chunk: Chunk) -> bool:
+    return isinstance(chunk.y, jax.Array)
+
+
+def accelerator() -> jax.Device | None:
+    """The device that chunks are moved to; None where kernels run in the host's memory."""
+    first = jax.local_devices()[0]
+    return None if first.platform == "cpu" else first
+
+
+def device_room(device: jax.Device) -> int:
+    """Bytes that chunks may take of a device's memory; none where it does not say."""
+    memory = device.memory_stats()
+    if not memory or "bytes_limit" not in memory:
+        return 0
+    return int(_DEVICE_SHARE * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
