@@ -58,15 +58,15 @@ def die_at_record(record: IterationRecord, phase: int, at: int) -> None:
 
 def die_in_pass(at: int) -> None:
     """While the leaves of a pass are being summed."""
-    start, seen = ProblemHome._start, {"leaves": 0, "passes": 0}
+    start, seen = ProblemHome._start, {"leaves": 0}
 
     @functools.wraps(start)
     def counting(self: ProblemHome, *rest: Any) -> Any:
         source = self.problem.source
         if source.num_rows > 50_000:  # not the sample
-            seen["passes"] += seen["leaves"] % source.num_chunks == 0
+            in_the_middle = seen["leaves"] == (at - 1) * source.num_chunks + 1
             seen["leaves"] += 1
-            if seen["passes"] == at and seen["leaves"] % source.num_chunks == 2:
+            if in_the_middle:
                 die()
         return start(self, *rest)
 
