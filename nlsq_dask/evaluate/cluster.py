@@ -80,8 +80,9 @@ class ClusterEvaluator:
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
         self._num_threads = max(w["nthreads"] for w in workers.values())
         num_slots = sum(w["nthreads"] for w in workers.values())
-        by_size = -(-problem.source.num_rows // _ROWS_PER_TASK)
-        num_tasks = min(max(by_size, num_slots), _TASKS_PER_THREAD * num_slots)
+        # As many for every thread: one more than that, and a pass waits for its second round.
+        rounds = problem.source.num_rows // (_ROWS_PER_TASK * num_slots)
+        num_tasks = num_slots * min(max(rounds, 1), _TASKS_PER_THREAD)
         self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
         self._blocks = _remote_arrays(problem.source)
         room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
