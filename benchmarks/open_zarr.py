@@ -1,6 +1,6 @@
 """Time of a fit of an archive opened with Dask (`xr.open_zarr`), over that of the same by path.
 
-    python benchmarks/open_zarr.py --rows 20000000
+    python benchmarks/open_zarr.py --rows 20000000 --chunk-rows 20000
 
 An archive is written in a temporary folder and fitted in this process and on two worker
 processes, each way in turn, kernels compiled and dataset opened beforehand; the best time of
@@ -25,7 +25,6 @@ from distributed import Client, LocalCluster
 
 from nlsq_dask import fit_dataset
 
-CHUNK_ROWS = 500_000
 LIMIT = 1.5
 
 
@@ -33,16 +32,16 @@ def decay(t, amplitude=1.0, rate=1.0, offset=0.0):
     return amplitude * jnp.exp(-rate * t) + offset
 
 
-def write_archive(path: Path, num_rows: int, dim: str) -> Path:
+def write_archive(path: Path, num_rows: int, chunk_rows: int, dim: str) -> Path:
     group = zarr.open_group(path, mode="w", zarr_format=3)
     arrays = [
         group.create_array(
-            name, shape=(num_rows,), chunks=(CHUNK_ROWS,), dtype="f8", dimension_names=[dim]
+            name, shape=(num_rows,), chunks=(chunk_rows,), dtype="f8", dimension_names=[dim]
         )
         for name in ("t", "y")
     ]
-    for start in range(0, num_rows, CHUNK_ROWS):
-        rows = slice(start, min(start + CHUNK_ROWS, num_rows))
+    for start in range(0, num_rows, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, num_rows))
         t = 10 * np.arange(rows.start, rows.stop) / num_rows
         noise = np.random.default_rng([0, start]).normal(size=t.size)
         arrays[0][rows] = t
@@ -79,12 +78,13 @@ def start_cluster() -> LocalCluster:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chunk-rows", type=int, default=500_000)
+    parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         archives = [
-            write_archive(Path(folder) / "numbered.zarr", given.rows, "row"),
-            write_archive(Path(folder) / "timed.zarr", given.rows, "t"),
+            write_archive(Path(folder) / "numbered.zarr", given.rows, given.chunk_rows, "row"),
+            write_archive(Path(folder) / "timed.zarr", given.rows, given.chunk_rows, "t"),
         ]
         passed = [compare(path, "this process", None, given.repeats) for path in archives]
         with start_cluster() as cluster, Client(cluster, set_as_default=False) as client:
