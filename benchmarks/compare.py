@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
@@ -32,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +181,9 @@ def watch(child: Child, limits: Limits) -> tuple[str, int, int]:
             tree.peak = tree.now
         if tree.now > limits.memory_bytes:
             limit = limits.memory_bytes / 2**30
-            return f"exceeded memory: more than {limit:.1f} GiB", base, tree.peak
+            return f"exceeded memory: more than {limit:.2g} GiB", base, tree.peak
         if time.monotonic() - began > limits.seconds and not child.message("fitted"):
-            return f"exceeded time: more than {limits.seconds:.0f} s", base, tree.peak
+            return f"exceeded time: more than {limits.seconds:g} s", base, tree.peak
         time.sleep(_SAMPLE_SECONDS)
     return "done", base, tree.peak
 
@@ -196,12 +198,21 @@ def compare(
 ) -> Iterator[Run]:
     """All peers on the same rows, one after the other."""
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        data = write_data(problem, num_rows, Path(folder))
-        if any(peer.reads_archive for peer in peers):
-            write_archive(problem, data, min(options.chunk_rows, num_rows))
-        minimum = find_minimum(problem, num_rows)
+        chunk_rows = options.chunk_rows if any(peer.reads_archive for peer in peers) else None
+        # Elsewhere: a process that is started begins with the largest size its parent has had.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+            prepared = apart.submit(prepare, problem.name, num_rows, Path(folder), chunk_rows)
+            data, minimum = prepared.result()
         for peer in peers:
             yield run_repeatedly(peer, data, limits, minimum, options.repeats)
+
+
+def prepare(name: str, num_rows: int, folder: Path, chunk_rows: int | None) -> tuple[Data, Minimum]:
+    """Write the rows, and find where their fit should end."""
+    data = write_data(PROBLEMS[name], num_rows, folder)
+    if chunk_rows is not None:
+        write_archive(PROBLEMS[name], data, min(chunk_rows, num_rows))
+    return data, find_minimum(PROBLEMS[name], num_rows)
 
 
 def run_repeatedly(peer: Peer, data: Data, limits: Limits, minimum: Minimum, repeats: int) -> Run:

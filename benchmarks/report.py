@@ -34,7 +34,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         "Seconds include compilation, not imports. Peak is the resident size of all processes "
         "together while fitting, base what they held before, with the data loaded. Distances "
-        "are in standard errors, the worst parameter.",
+        "are in standard errors, the worst parameter. Ratios are to the fastest way of a package "
+        f"that came within {_RIGHT} standard errors of the minimum.",
     ]
     for name in dict.fromkeys(run["problem"] for run in runs):
         lines += [
