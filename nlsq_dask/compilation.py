@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import jax
@@ -15,12 +16,13 @@ _STAGES = (
     "/jax/core/compile/backend_compile_duration",
 )
 _LOCK = threading.Lock()
-_total_seconds = 0.0
+_intervals: list[tuple[float, float]] = []  # apart from each other, in order
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent lowering and compiling, in all threads."""
-    return _total_seconds
+    """Seconds in which this process was lowering or compiling, in one thread or several."""
+    with _LOCK:
+        return sum(end - start for start, end in _intervals)
 
 
 def keep_compiled(folder: str) -> None:
@@ -38,10 +40,14 @@ def keep_compiled(folder: str) -> None:
 
 
 def _count(event: str, duration_secs: float, **_: Any) -> None:
-    global _total_seconds
-    if event in _STAGES:
-        with _LOCK:
-            _total_seconds += duration_secs
+    if event not in _STAGES:
+        return
+    end = time.perf_counter()
+    start = end - duration_secs
+    with _LOCK:
+        while _intervals and _intervals[-1][1] >= start:
+            start = min(start, _intervals.pop()[0])
+        _intervals.append((start, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -118,8 +119,12 @@ class _Fit:
         self._ledger = Ledger(journal)
 
     def run(self) -> tuple[Course, State | NewtonState]:
-        memory = self._timed("plan", self._evaluator.memory)
         sample = self._timed("sample", self._draw)
+        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-plan") as beside:  # the warmup
+            self._planned = beside.submit(self._evaluator.memory)
+            return self._run(sample)
+
+    def _run(self, sample: Sample) -> tuple[Course, State | NewtonState]:
         self._check_model(sample)
         self._journal.meet_sample(sample)
         is_matrix_free = self._problem.plan.is_matrix_free
@@ -145,7 +150,7 @@ class _Fit:
             warmup=ledger.warmup,
             sample_fit=found.sample_fit,
             gate=ledger.gate,
-            memory=memory,
+            memory=self._planned.result(),
             history=ledger.history,
             seconds=self._seconds,
             scores=found.scores,
@@ -161,6 +166,7 @@ class _Fit:
     def _fit_few(self, on_sample: SampleObjective) -> _Found:
         """The optima of the sample, and from the best a trust region with normal equations."""
         self._ledger.enter_warmup(self._timed("warmup", lambda: self._warm_up(on_sample)))
+        self._timed("plan", self._planned.result)
         full = self._open_objective(on_sample)
         start = time.perf_counter()
         state = self._descend(full, self._pass_gate(full, self._begin(full)))
@@ -186,6 +192,7 @@ class _Fit:
             products_of_sample=sample,
             regularization=self._config.regularization_factor,
         )
+        self._timed("plan", self._planned.result)
         full = ledger.open_products(full)
         start = time.perf_counter()
         state = self._descend(full, self._begin_many(full))

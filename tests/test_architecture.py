@@ -27,7 +27,7 @@ ORDER = [
     {"sources.arrays", "sources.xarray", "sample"},
     {"sources.batches"},
     {"kernels.tiles", "kernels.products"},
-    {"kernels.rows"},
+    {"kernels.rows", "kernels.counts"},
     {"kernels.build", "kernels.width", "plan"},
     {"kernels.reverse"},
     {"problem"},

@@ -319,7 +319,10 @@ def test_a_tied_parameter_follows_and_has_its_share_of_the_covariance():
     s2 = 2 * oracle.cost / (len(t) - 2)
     covariance = e @ np.linalg.inv(oracle.jac.T @ oracle.jac) @ e.T * s2
     np.testing.assert_allclose(result.popt, expected, atol=1e-5 * np.sqrt(covariance[0, 0]))
-    np.testing.assert_allclose(result.pcov, covariance, rtol=1e-5)
+    size = np.sqrt(np.diag(covariance))  # one of the correlations is almost zero
+    np.testing.assert_allclose(
+        result.pcov / np.outer(size, size), covariance / np.outer(size, size), atol=1e-7
+    )
     assert result.dof == len(t) - 2
     assert "(tied)" in result.summary()
 

@@ -37,6 +37,7 @@ from nlsq_dask.evaluate.worker import (
     BlockTask,
     HomeSpec,
     ProcessSettings,
+    compile_ahead,
     forget_home,
     map_chunk,
     merge_reports,
@@ -75,6 +76,7 @@ class ClusterEvaluator:
         self._problem = problem
         self._token = uuid.uuid4().hex[:12]
         self._num_passes = 0
+        self._prepared: list[Any] = []
         self._retries = config.max_retries_per_batch if config.enable_fault_tolerance else 0
         workers = workers_of(client)
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
@@ -139,6 +141,7 @@ class ClusterEvaluator:
                 payload=cloudpickle.dumps(problem),
                 cache_bytes=self._cache_bytes,
                 prefetch=self._config.prefetch,
+                precision=self._config.precision,
                 compilation_cache_dir=self._config.compilation_cache_dir,
             )
         self._spec = home
@@ -184,7 +187,21 @@ class ClusterEvaluator:
         return probes
 
     def memory(self) -> dict[str, Any]:
-        """Projected bytes of a worker process; refused if they exceed its limit."""
+        """Projected bytes of a worker process; refused if they exceed its limit.
+
+        While the kernel is compiled here to be measured, the workers compile theirs.
+        """
+        if not self._blocks:
+            self._prepared = [
+                self._client.submit(
+                    compile_ahead,
+                    self._home,
+                    key=f"nlsq-compile-{self._token}-{number}",
+                    pure=False,
+                    workers=[address],
+                )
+                for number, address in enumerate(workers_of(self._client))
+            ]
         source = self._problem.source
         local = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
         kept = self._blocks_bytes if self._is_persisted else 0
@@ -300,7 +317,8 @@ class ClusterEvaluator:
 
     def close(self) -> None:
         """Leave nothing behind: neither tasks nor chunks nor the plugin."""
-        self._home.release()
+        for future in (*self._prepared, self._home):
+            future.release()
         with contextlib.suppress(OSError):
             self._client.run(forget_home, self._token)
         self._blocks = {}

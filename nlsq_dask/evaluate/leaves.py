@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import psutil
 
+from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.packed import Layout, PackedSums
 from nlsq_dask.evaluate.reading import Blocks, ChunkReader, Meter, accelerator, device_room
@@ -57,6 +58,26 @@ class ProblemHome:
             device=device,
             device_bytes=0 if device is None else device_room(device),
         )
+
+    def compile_ahead(self, precision: Precision) -> None:
+        """Have ready what the first pass computes, for the shapes of the first leaf."""
+        problem, kernels = self.problem, self.kernels
+        if problem.plan.is_matrix_free or problem.plan.num_shards > 1:
+            return
+        chunk = self.reader.fetch(0)
+        terms = problem.terms(np.zeros(len(problem.source.variables)))
+        directions = problem.directions(np.eye(problem.space.num_free))
+        first: Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]] = (
+            (
+                kernels.normal_equations,
+                (problem.space.p0, directions, terms, chunk),
+                {"precision": precision},
+            ),
+            (kernels.summary, (np.zeros(()), terms, chunk), {}),
+        )
+        with jax.enable_x64(True), kernels.compiling:
+            for kernel, arguments, options in first:
+                kernel.lower(*arguments, **options).compile()  # JAX finds it by its arguments
 
     def reduce(
         self,

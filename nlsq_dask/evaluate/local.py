@@ -95,13 +95,14 @@ class LocalEvaluator:
             )
 
     def memory(self) -> dict[str, Any]:
-        """Projected and available bytes; nothing to project where the data are here already."""
+        """Projected and available bytes; none are projected where the data are here already."""
+        needed = kernel_bytes(self._home)  # compiled here, the first pass finds the kernel ready
         if is_in_memory(self.problem.source):
             return {}
         projection = MemoryProjection(
             base_bytes=psutil.Process().memory_info().rss,
             leaf_bytes=self.problem.plan.leaf_bytes,
-            kernel_bytes=kernel_bytes(self._home),
+            kernel_bytes=needed,
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes,
         )

@@ -17,6 +17,7 @@ import psutil
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.compilation import keep_compiled
+from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
@@ -29,6 +30,7 @@ __all__ = [
     "BlockTask",
     "HomeSpec",
     "ProcessSettings",
+    "compile_ahead",
     "forget_home",
     "map_chunk",
     "merge_reports",
@@ -51,7 +53,8 @@ class HomeSpec:
     payload: bytes
     cache_bytes: int
     prefetch: bool
-    compilation_cache_dir: str | None = None
+    precision: Precision
+    compilation_cache_dir: str | None
 
 
 _HOMES: dict[str, ProblemHome] = {}
@@ -85,6 +88,11 @@ def platform_of_worker(dask_worker: Any) -> str:
     """The kind of device that JAX computes on there."""
     _fit_thread_pool(dask_worker)  # before JAX looks for devices
     return jax.default_backend()
+
+
+def compile_ahead(spec: HomeSpec) -> None:
+    """What the first pass needs, while the client is busy with the sample."""
+    home_of(spec).compile_ahead(spec.precision)
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Float
 from nlsq_dask.config import Precision
-from nlsq_dask.kernels.build import MAX_KERNELS, KernelSpec, LatestSpec, row_statistics, share
+from nlsq_dask.kernels.build import MAX_KERNELS, KernelSpec, LatestSpec, share
+from nlsq_dask.kernels.counts import row_statistics
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import Tile, sum_tiles
 from nlsq_dask.losses import LOSSES, robust_terms

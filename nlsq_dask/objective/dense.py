@@ -39,7 +39,8 @@ class SampleObjective:
     """
 
     def __init__(self, problem: Problem, sample: Sample) -> None:
-        strategy = replace(problem.plan.strategy, num_shards=1)
+        # They compile in half the time, and a sample is small.
+        strategy = replace(problem.plan.strategy, num_shards=1, products="dot")
         plan = plan_chunks(sample.source, strategy)
         self.sample = sample
         self.problem = replace(problem, source=sample.source, plan=plan)
