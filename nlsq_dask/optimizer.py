@@ -377,6 +377,7 @@ def _build_problem(
     y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
     params = space.unflatten(space.p0)
     check_traceable(model, x_shapes, params, y_shape)
+    space.check_ties()
     fingerprint = fingerprint_model(
         model,
         space,

@@ -137,6 +137,17 @@ class ParameterSpace:
             _, push = jax.linearize(self.complete, jnp.asarray(self.expand(free)))
             return np.asarray(jax.vmap(push, in_axes=1, out_axes=1)(directions))
 
+    def check_ties(self) -> None:
+        """Trace the ties, without data.
+
+        Raises
+        ------
+        TypeError
+            If JAX cannot.
+        """
+        with jax.enable_x64(True):
+            jax.eval_shape(self.complete, self.p0)
+
     def linearise(self, free: Float[np.ndarray, " k"]) -> Linearisation:
         """`tangents` at one point, and its transpose, to be used many times."""
         if not self.ties:
