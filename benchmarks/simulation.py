@@ -25,7 +25,7 @@ import psutil
 
 from nlsq_dask.evaluate import worker as tasks
 from nlsq_dask.evaluate.base import RangeReport, Request
-from nlsq_dask.evaluate.tree import bin_level, sum_range
+from nlsq_dask.evaluate.tree import bin_level, bin_of, sum_range
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, Sums
 
 __all__ = ["Effort", "SimulatedCluster", "Speed", "make_report"]
@@ -76,7 +76,7 @@ def make_report(leaves: range, num_leaves: int, n: int) -> RangeReport:
             residual_square=np.float64(1.0),
         ),
     )
-    nodes, bins = sum_range(((leaf, sums) for leaf in leaves), bin_level(num_leaves))
+    nodes, bins = sum_range(((leaf, sums) for leaf in leaves), bin_level(num_leaves), bin_of)
     return RangeReport(
         nodes=nodes,
         bins=bins,

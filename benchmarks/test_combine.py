@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nlsq_dask.evaluate.tree import bin_level, fold_nodes, split_leaves, sum_range
+from nlsq_dask.evaluate.tree import bin_level, bin_of, fold_nodes, split_leaves, sum_range
 from nlsq_dask.normal_equations import NormalEquations, RowStatistics, Sums
 
 _NUM_LEAVES = 1024
@@ -46,7 +46,7 @@ def test_tree_of_sums(num_params: int, compare: Any, report: Callable[..., None]
     def tree() -> Sums:
         nodes: dict[Any, Sums] = {}
         for part in ranges:
-            nodes |= sum_range(((i, leaves[i]) for i in part), bin_level(_NUM_LEAVES))[0]
+            nodes |= sum_range(((i, leaves[i]) for i in part), bin_level(_NUM_LEAVES), bin_of)[0]
         return fold_nodes(nodes, _NUM_LEAVES)
 
     def arrays() -> None:

@@ -21,7 +21,7 @@ def compile_seconds(case: cases.Problem, archive: cases.Data) -> float:
     """Of the one kernel that a fit cannot do without."""
     problem = build_problem(case, resolve_dataset(archive.archive, case.model(jnp), y="y").source)
     home = ProblemHome(problem=problem, cache_bytes=0, prefetch=False)
-    request, chunk = build_request(problem), home.fetch(0)
+    request, chunk = build_request(problem), home.reader.fetch(0)
     arguments = request.params, request.directions, request.terms, chunk
     start = time.perf_counter()
     with jax.enable_x64(True):
