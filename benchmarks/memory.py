@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
+from workers import start_workers
 
 from nlsq_dask import FitResult, HybridStreamingConfig, fit_dataset
 
@@ -82,10 +83,7 @@ def fit(path: Path, client: Client) -> FitResult:
 def measure(num_rows: int, folder: Path) -> bool:
     small = write_archive(folder / "small.zarr", 2 * CHUNK_ROWS)
     large = write_archive(folder / "large.zarr", num_rows)
-    cluster = LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    )
-    with cluster, Client(cluster) as client:
+    with start_workers() as cluster, Client(cluster) as client:
         fit(small, client)
         pids = [worker["pid"] for worker in client.run(process_id).values()]
         start = time.perf_counter()

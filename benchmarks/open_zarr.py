@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
+from workers import start_workers
 
 from nlsq_dask import fit_dataset
 
@@ -69,12 +70,6 @@ def compare(path: Path, where: str, client: Client | None, repeats: int) -> bool
     return same and ratio <= LIMIT
 
 
-def start_cluster() -> LocalCluster:
-    return LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=20_000_000)
@@ -87,7 +82,7 @@ def main() -> int:
             write_archive(Path(folder) / "timed.zarr", given.rows, given.chunk_rows, "t"),
         ]
         passed = [compare(path, "this process", None, given.repeats) for path in archives]
-        with start_cluster() as cluster, Client(cluster, set_as_default=False) as client:
+        with start_workers() as cluster, Client(cluster, set_as_default=False) as client:
             passed += [compare(path, "2 workers", client, given.repeats) for path in archives]
     return 0 if all(passed) else 1
 

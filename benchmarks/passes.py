@@ -27,7 +27,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
+from workers import start_workers
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from nlsq_dask import HybridStreamingConfig, fit_dataset
@@ -140,10 +141,7 @@ def jobs_against_floors(problem: Problem, request: Request) -> dict[str, Callabl
 def on_a_cluster(folder: Path, sizes: list[int], repeats: int) -> None:
     print(f"\ncached leaves of {TINY_CHUNK_ROWS} rows, each a chunk of the store")
     print("leaves   1 thread  2 threads  2 workers  busiest worker  over process  over worker")
-    cluster = LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    )
-    with cluster, Client(cluster) as client:
+    with start_workers() as cluster, Client(cluster) as client:
         for num_leaves in sizes:
             num_rows = num_leaves * TINY_CHUNK_ROWS
             path = write_archive(folder / f"{num_leaves}.zarr", num_rows, TINY_CHUNK_ROWS)

@@ -170,16 +170,10 @@ def own_in_process(problem: Problem, data: Data) -> Iterator[Fit]:
 
 @contextlib.contextmanager
 def own_on_workers(problem: Problem, data: Data, cache_bytes: int | None = None) -> Iterator[Fit]:
-    from distributed import Client, LocalCluster
+    from distributed import Client
+    from workers import start_workers
 
-    cluster = LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0",
-    )
-    with cluster, Client(cluster) as client:
+    with start_workers() as cluster, Client(cluster) as client:
         # Workers import when they are first asked to: that is no part of a fit.
         client.run(importlib.import_module, "nlsq_dask")
         yield own_fit(problem, data, client, cache_bytes)

@@ -26,9 +26,10 @@ from typing import Any
 
 import psutil
 from cases import PROBLEMS
-from distributed import Client, LocalCluster
+from distributed import Client
 from simulation import SimulatedCluster, count_messages, make_report, raise_file_limit
 from synthetic import MadeRows, build_problem, build_request
+from workers import start_workers
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Evaluator, Request
@@ -65,14 +66,7 @@ def measure_overhead(num_chunks: int, client: Client, repeats: int) -> dict[str,
 
 def measure_overheads(options: argparse.Namespace) -> list[dict[str, Any]]:
     print("A pass without work:")
-    cluster = LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0",
-    )
-    with cluster, Client(cluster) as client:
+    with start_workers() as cluster, Client(cluster) as client:
         return [measure_overhead(chunks, client, options.repeats) for chunks in options.chunks]
 
 

@@ -30,9 +30,9 @@ __all__ = ["ProductRows", "Products", "Totals", "Way", "products_for"]
 
 Way: TypeAlias = Literal["lanes", "dot", "sweep"]
 
-LANES = 128
+_LANES = 128
 _PER_LANE = 8  # products that are added before they reach their lane
-_BLOCK = LANES * _PER_LANE
+_BLOCK = _LANES * _PER_LANE
 _GROUPS = 3  # of columns, multiplied with all that follow: each is compiled by itself
 
 
@@ -95,7 +95,7 @@ class Dot:
 def _sum(row: Float[Array, " rows"]) -> Float[Array, ""]:
     """In lanes, as far as they go."""
     whole = len(row) - len(row) % _BLOCK
-    blocks = row[:whole].reshape(-1, _PER_LANE, LANES)
+    blocks = row[:whole].reshape(-1, _PER_LANE, _LANES)
     in_lanes = sum(blocks[:, i] for i in range(_PER_LANE))
     return jnp.sum(jnp.sum(in_lanes, axis=0)) + jnp.sum(row[whole:])
 
@@ -152,8 +152,8 @@ class Lanes:
         summed = 1 + len(rows.summed)
         return _Lanes(
             buffer=jnp.zeros((k + summed, padded), rows.jac.dtype),
-            gram=tuple(jnp.zeros((len(g), k + 1 - g.start, LANES)) for g in _groups(k + 1)),
-            sums=jnp.zeros((summed, LANES)),
+            gram=tuple(jnp.zeros((len(g), k + 1 - g.start, _LANES)) for g in _groups(k + 1)),
+            sums=jnp.zeros((summed, _LANES)),
         )
 
     def add(self, carry: _Lanes, rows: ProductRows) -> _Lanes:
@@ -165,7 +165,7 @@ class Lanes:
         def add_block(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             gram, sums = carry
             block = lax.dynamic_slice_in_dim(buffer, number * _BLOCK, _BLOCK, axis=1)
-            part = block.reshape(len(buffer), _PER_LANE, LANES)
+            part = block.reshape(len(buffer), _PER_LANE, _LANES)
             gram = tuple(
                 total
                 + sum(
