@@ -29,7 +29,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
-from nlsq_dask.evaluate.local import CACHE_SHARE, kernel_bytes
+from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.ownership import Ownership
 from nlsq_dask.evaluate.tree import bin_level, split_leaves
 from nlsq_dask.evaluate.worker import (
@@ -76,7 +76,6 @@ class ClusterEvaluator:
         self._problem = problem
         self._token = uuid.uuid4().hex[:12]
         self._num_passes = 0
-        self._prepared: list[Any] = []
         self._retries = config.max_retries_per_batch if config.enable_fault_tolerance else 0
         workers = workers_of(client)
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
@@ -187,34 +186,45 @@ class ClusterEvaluator:
         return probes
 
     def memory(self) -> dict[str, Any]:
-        """Projected bytes of a worker process; refused if they exceed its limit.
-
-        While the kernel is compiled here to be measured, the workers compile theirs.
-        """
-        if not self._blocks:
-            self._prepared = [
-                self._client.submit(
-                    compile_ahead,
-                    self._home,
-                    key=f"nlsq-compile-{self._token}-{number}",
-                    pure=False,
-                    workers=[address],
-                )
-                for number, address in enumerate(workers_of(self._client))
-            ]
-        source = self._problem.source
-        local = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
+        """Projected bytes of a worker process; refused if they exceed its limit."""
         kept = self._blocks_bytes if self._is_persisted else 0
         projection = MemoryProjection(
             base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
             leaf_bytes=self._problem.plan.leaf_bytes,
-            kernel_bytes=kernel_bytes(local),
+            kernel_bytes=self._compile_ahead(),
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes + kept // len(self._probes),
         )
         limit = self._memory_limit or None
-        projection.require_within(limit, int(np.prod(source.chunk_shape)))
+        projection.require_within(limit, int(np.prod(self._problem.source.chunk_shape)))
         return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
+
+    def _compile_ahead(self) -> int:
+        """Bytes that XLA needs for a leaf, from the workers, which compile the kernel to say so.
+
+        They have nothing to compile for where a leaf comes in Dask's blocks.
+        """
+        if self._blocks:
+            home = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
+            return home.prepare(self._config.precision)
+        prepared = [
+            self._client.submit(
+                compile_ahead,
+                self._home,
+                key=f"nlsq-compile-{self._token}-{number}",
+                pure=False,
+                retries=self._retries,
+                workers=[address],
+                allow_other_workers=True,
+            )
+            for number, address in enumerate(workers_of(self._client))
+        ]
+        try:
+            needed: list[int] = self._gather(prepared)
+            return max(needed)
+        finally:
+            for future in prepared:
+                future.release()
 
     # -- passes
 
@@ -317,8 +327,7 @@ class ClusterEvaluator:
 
     def close(self) -> None:
         """Leave nothing behind: neither tasks nor chunks nor the plugin."""
-        for future in (*self._prepared, self._home):
-            future.release()
+        self._home.release()
         with contextlib.suppress(OSError):
             self._client.run(forget_home, self._token)
         self._blocks = {}

@@ -9,26 +9,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import jax
-import numpy as np
 import psutil
 
-from nlsq_dask._typing import abstract
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, Request, fold_reports
-from nlsq_dask.evaluate.leaves import ProblemHome, shapes_of
+from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import split_leaves
-from nlsq_dask.plan import MemoryProjection, slab_shape
+from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk, Source
 from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.terms import RowTerms
 
-__all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory", "kernel_bytes"]
+__all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory"]
 
 _Value = TypeVar("_Value")
 
-_MOST_VECTORS = 6  # in one pass: both parts of a direction, and four that calibrate
 CACHE_SHARE = 0.4  # of a process's memory limit, at most
 
 
@@ -50,6 +45,7 @@ class LocalEvaluator:
         elif cache_bytes is None:
             cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
         self._cache_bytes = cache_bytes
+        self._precision = config.precision
         self._home = ProblemHome(problem=problem, cache_bytes=cache_bytes, prefetch=config.prefetch)
 
     @property
@@ -96,7 +92,8 @@ class LocalEvaluator:
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; none are projected where the data are here already."""
-        needed = kernel_bytes(self._home)  # compiled here, the first pass finds the kernel ready
+        # What is compiled here the first pass finds ready.
+        needed = self._home.prepare(self._precision, self._home.reader.fetch(0))
         if is_in_memory(self.problem.source):
             return {}
         projection = MemoryProjection(
@@ -126,40 +123,3 @@ def is_in_memory(source: Source) -> bool:
     return isinstance(source, GridSource) and all(
         column.is_in_memory for column in source.columns.values()
     )
-
-
-def kernel_bytes(home: ProblemHome) -> int:
-    """What XLA says that the sums of one leaf need beside their arguments, all slabs together."""
-    problem, num_shards = home.problem, home.problem.plan.num_shards
-    slab = abstract(slab_shape(tuple(problem.source.chunk_shape), num_shards))
-    chunk = Chunk(
-        x=tuple(slab for _ in problem.source.variables),
-        y=slab,
-        extent=abstract((len(slab.shape),), np.int64),
-    )
-    n, k = problem.space.size, problem.space.num_free
-    terms = RowTerms(fill=abstract((len(problem.source.variables),)), f_scale=abstract(()))
-    params = abstract((n,))
-    kernels: list[tuple[Any, tuple[Any, ...]]] = [
-        (home.kernels.normal_equations, (params, abstract((n, k)), terms, chunk))
-    ]
-    if problem.plan.is_matrix_free:
-        kernels = [
-            (home.reverse.gradient, (params, terms, chunk)),
-            (home.reverse.products, (params, abstract((_MOST_VECTORS, n)), terms, chunk)),
-        ]
-    known = home.kernels.temporary_bytes
-    for kernel, arguments in kernels:
-        shapes = shapes_of(arguments)
-        if shapes not in known:
-            known[shapes] = _temporary_bytes(kernel, arguments)
-    copied = problem.plan.leaf_bytes if num_shards > 1 else 0
-    return num_shards * max(known[shapes_of(arguments)] for _, arguments in kernels) + copied
-
-
-def _temporary_bytes(kernel: Any, arguments: tuple[Any, ...]) -> int:
-    with jax.enable_x64(True):
-        analysis = kernel.lower(*arguments, precision="float64").compile().memory_analysis()
-    if analysis is None:  # a backend that does not say
-        return 0
-    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)

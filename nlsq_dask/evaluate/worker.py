@@ -90,9 +90,10 @@ def platform_of_worker(dask_worker: Any) -> str:
     return jax.default_backend()
 
 
-def compile_ahead(spec: HomeSpec) -> None:
-    """What the first pass needs, while the client is busy with the sample."""
-    home_of(spec).compile_ahead(spec.precision)
+def compile_ahead(spec: HomeSpec) -> int:
+    """What the first pass needs, while the client is busy with the sample; XLA's bytes for it."""
+    home = home_of(spec)
+    return home.prepare(spec.precision, home.reader.fetch(0))
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:
