@@ -27,6 +27,7 @@ from nlsq_dask.parameters.space import (
     claimed_names,
 )
 from nlsq_dask.phases import NanPolicy
+from nlsq_dask.progress import require_progress
 from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
@@ -63,6 +64,7 @@ def fit_dataset(
     client: Any = None,
     config: HybridStreamingConfig | None = None,
     callback: Callback | None = None,
+    progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> FitResult:
@@ -133,6 +135,10 @@ def fit_dataset(
         Called with an `IterationRecord` after each pass (``phase`` 2) and, before that, every
         `callback_frequency` iterations of the warmup (``phase`` 1). Raising StopIteration ends the
         fit, in the warmup after a first pass.
+    progress : bool, optional
+        Whether to show a bar for each pass and a line for each trial. By default in a terminal
+        or a notebook, once a fit takes more than two seconds; the log (``nlsq_dask``) has the
+        lines in any case, and how far a long pass is every half minute.
     checkpoint : str or path, optional
         A local file that is replaced, in one step, after the warmup and after each pass. It is
         only written: ``config.resume_from_checkpoint`` goes on from one, to the same bits.
@@ -157,6 +163,9 @@ def fit_dataset(
         If checkpoints cannot be written, or the one to resume is damaged or of another fit.
     MemoryProjectionError
         If the plan does not fit a worker's memory.
+    FitInterrupted
+        When interrupted from the keyboard: a KeyboardInterrupt with what the fit has come to, and
+        the checkpoint to go on from. The cluster's work is cancelled.
 
     Notes
     -----
@@ -186,6 +195,7 @@ def fit_dataset(
         is_clustered=cluster is not None,
     )
     require_callback(callback)
+    require_progress(progress)
     require_client(client)
     rows = resolve_dataset(
         ds,
@@ -210,6 +220,7 @@ def fit_dataset(
         nan_policy=nan_policy,
         client=client,
         callback=callback,
+        progress=progress,
         checkpoint=checkpoint,
     )
 
@@ -230,6 +241,7 @@ def curve_fit(
     nan_policy: str | None = None,
     client: Any = None,
     config: HybridStreamingConfig | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Fit a function to data, with the contract of `scipy.optimize.curve_fit`.
@@ -260,6 +272,8 @@ def curve_fit(
     nan_policy : {"raise", "omit"}, optional
     client : distributed.Client, optional
     config : HybridStreamingConfig, optional
+    progress : bool, optional
+        As in `fit_dataset`.
     **kwargs
         ``loss``, ``f_scale``, ``ftol``, ``xtol``, ``gtol``, ``max_nfev`` (or ``maxfev``).
 
@@ -290,6 +304,7 @@ def curve_fit(
     criterion = Criterion(**robust, absolute_sigma=absolute_sigma, covariance="classical")
     optimizer = AdaptiveHybridStreamingOptimizer(with_scipy_options(require_config(config), kwargs))
     require_client(client)
+    require_progress(progress)
     source = build_array_source(xdata, ydata, sigma)
     rows = resolve_arrays(
         source,
@@ -311,7 +326,9 @@ def curve_fit(
     if refuses:
         require_finite(source)
     policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
-    result = optimizer.fit_rows(rows, space, criterion=criterion, nan_policy=policy, client=client)
+    result = optimizer.fit_rows(
+        rows, space, criterion=criterion, nan_policy=policy, client=client, progress=progress
+    )
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
     if result.status is Status.UNIDENTIFIED and result.pcov is not None:

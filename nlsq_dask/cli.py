@@ -190,7 +190,7 @@ def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, flo
         "Fitting a decaying oscillation with 5 parameters to all rows. A small random sample\n"
         "gives the start; each line below is one pass over the whole archive.\n"
     )
-    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass)
+    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass, progress=False)
     return result, time.perf_counter() - start
 
 
@@ -450,18 +450,12 @@ def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: 
     nlsq-dask fit run.zarr --model decay.py:decay --p0 rate=0.1 --bounds rate=0:
     """
     options["x"] = options["x"] or None
-    callback = None if quiet else _log_pass
     with _errors_in_one_line(), contextlib.ExitStack() as stack:
         client = stack.enter_context(_local_client(workers)) if workers else None
-        result = fit_dataset(store, model, client=client, callback=callback, **options)
+        result = fit_dataset(store, model, client=client, progress=not quiet, **options)
     click.echo(result.summary())
     if not result.success:
         raise click.ClickException("the fit did not converge")
-
-
-def _log_pass(record: IterationRecord) -> None:
-    if record.phase == 2:
-        click.echo(record, err=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "CovarianceError",
     "DataError",
+    "FitInterrupted",
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
@@ -64,3 +68,26 @@ class WorkerError(RuntimeError):
 
 class ConvergenceError(RuntimeError):
     """`curve_fit` ended without meeting a convergence test."""
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """A fit was interrupted from the keyboard; no work is left on the cluster.
+
+    Attributes
+    ----------
+    result : FitResult or None
+        At the best parameters that a pass over all rows has evaluated; None before the first.
+    checkpoint : Path or None
+        From which ``config.resume_from_checkpoint`` goes on, where one was written.
+    """
+
+    def __init__(self, result: Any, checkpoint: Path | None) -> None:
+        passes = "before the first pass" if result is None else f"after pass {result.num_passes}"
+        text = f"The fit was interrupted {passes}"
+        if result is not None:
+            text += "; `result` of this exception is what it has come to"
+        if checkpoint is not None:
+            text += f"; resume_from_checkpoint={str(checkpoint)!r} goes on from there"
+        super().__init__(text)
+        self.result = result
+        self.checkpoint = checkpoint

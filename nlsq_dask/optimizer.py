@@ -33,6 +33,7 @@ from nlsq_dask.parameters.space import (
 from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
+from nlsq_dask.progress import Progress, choose_progress, require_progress, telling
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
@@ -105,6 +106,7 @@ class AdaptiveHybridStreamingOptimizer:
         client: Any = None,
         spool: str | os.PathLike[str] | None = None,
         spool_limit_bytes: int | None = None,
+        progress: bool | None = None,
     ) -> FitResult:
         """Fit a function to rows: ``fit(data, func, p0)`` or ``fit(model=, x_data=, y_data=)``.
 
@@ -133,7 +135,7 @@ class AdaptiveHybridStreamingOptimizer:
             Instead of the configuration's, for this fit.
         x_data, y_data : arrays
             In place of `data_source`. Beside a dataset, the names of its variables.
-        loss, f_scale, client
+        loss, f_scale, client, progress
             As in `fit_dataset`.
         spool : str or path, optional
             Where the batches of an iterator are kept for the fit: a folder, local or by URL, that
@@ -158,6 +160,7 @@ class AdaptiveHybridStreamingOptimizer:
         """
         require_callback(callback)
         require_client(client)
+        require_progress(progress)
         criterion = Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma)
         given = GivenModel(_require_one("func", func, "model", model), p0, bounds)
         if isinstance(data_source, Iterator):
@@ -180,6 +183,7 @@ class AdaptiveHybridStreamingOptimizer:
                 client=client,
                 callback=callback,
                 verbose=verbose,
+                progress=progress,
             )
 
     @contextmanager
@@ -214,16 +218,19 @@ class AdaptiveHybridStreamingOptimizer:
         callback: Callback | None = None,
         verbose: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
+        shown = choose_progress(progress, config.verbose)
+        callback = telling(shown, callback)
         if config.compilation_cache_dir is not None:
             keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
         client = _choose_client(rows.source, space.num_free, client)
         platform = functools.partial(_platform, client)
         problem = _build_problem(rows, space, criterion, config, platform)
-        open_evaluator = functools.partial(_open_evaluator, problem, config, client)
+        open_evaluator = functools.partial(_open_evaluator, problem, config, client, shown)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
         if rows.is_temporary:
@@ -469,18 +476,20 @@ def _choose_client(source: Source, num_free: int, client: Any) -> Any:
     return None if is_small or is_in_memory(source) else active_client()
 
 
-def _open_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
+def _open_evaluator(
+    problem: Problem, config: HybridStreamingConfig, client: Any, progress: Progress
+) -> Evaluator:
     if client is None:
-        return LocalEvaluator(problem, config)
+        return LocalEvaluator(problem, config, progress=progress)
     from nlsq_dask.evaluate.cluster import ClusterEvaluator  # Dask takes its time to load
 
-    return ClusterEvaluator(problem, config, client)
+    return ClusterEvaluator(problem, config, client, progress)
 
 
 def _platform(client: Any) -> str:
     """The kind of device that rows are computed on."""
     if client is None:
         return jax.default_backend()
-    from nlsq_dask.evaluate.cluster import platform_of
+    from nlsq_dask.evaluate.workers import platform_of
 
     return platform_of(client)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nlsq_dask._typing import Float
 
 __all__ = ["Callback", "IterationRecord"]
+
+_MAX_EVENT_PARAMS = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +49,15 @@ class IterationRecord:
         if self.phase == 1:
             return np.nan
         return self.num_rows / self.seconds if self.seconds > 0 else np.inf
+
+    def as_event(self) -> dict[str, Any]:
+        """In plain numbers and lists, as messages carry them. Long parameters are left out."""
+        event: dict[str, Any] = {
+            field.name: vars(self)[field.name] for field in fields(self) if field.name != "params"
+        }
+        if len(self.params) <= _MAX_EVENT_PARAMS:
+            event["params"] = self.params.tolist()
+        return event
 
     def __str__(self) -> str:
         if self.phase == 1:

@@ -33,12 +33,13 @@ ORDER = [
     {"problem"},
     {"criterion"},
     {"evaluate.tree", "evaluate.ownership", "evaluate.clients", "evaluate.heap"},
+    {"progress"},
     {"evaluate.base"},
     {"evaluate.shards", "evaluate.packed", "evaluate.reading"},
     {"evaluate.leaves"},
     {"evaluate.local", "evaluate.worker"},
-    {"evaluate.cluster"},
-    {"evaluate.reach"},
+    {"evaluate.blocks", "evaluate.shipping", "evaluate.workers"},
+    {"evaluate.cluster", "evaluate.reach"},
     {"solvers.quadratic", "solvers.lbfgs"},
     {"solvers.subproblem"},
     {"solvers.acceptance", "solvers.conjugate"},
@@ -56,13 +57,23 @@ ORDER = [
     {"checkpoint.snapshot"},
     {"checkpoint.journal"},
     {"checkpoint.ledger"},
+    {"solving"},
     {"phases", "resolve"},
     {"optimizer"},
     {"api", "testing"},
+    {"accessor"},
     {"", "compat"},
     {"cli"},
 ]
-KNOWS_DASK = {"evaluate.cluster", "evaluate.worker", "sources.dask", "sources.graph", "cli"}
+KNOWS_DASK = {
+    "evaluate.blocks",
+    "evaluate.cluster",
+    "evaluate.worker",
+    "evaluate.workers",
+    "sources.dask",
+    "sources.graph",
+    "cli",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -6,8 +6,10 @@ import functools
 import operator
 import os
 import sys
+import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +50,7 @@ class ProblemHome:
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
     reader: ChunkReader = field(init=False)
+    is_stopped: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
@@ -105,8 +108,15 @@ class ProblemHome:
         *,
         may_cache: bool = True,
         blocks: Blocks | None = None,
+        on_leaf: Callable[[int], object] = lambda _: None,
     ) -> RangeReport:
-        """Sum the leaves of a range, into nodes of the tree."""
+        """Sum the leaves of a range, into nodes of the tree.
+
+        Raises
+        ------
+        CancelledError
+            If `is_stopped` was set meanwhile.
+        """
         start = time.perf_counter()
         meter = Meter()
         offending: list[int] = []
@@ -117,6 +127,7 @@ class ProblemHome:
                 if request.names_leaves and sums.is_offending:
                     offending.append(index)
                 yield index, sums
+                on_leaf(1)
 
         with closing(chunks):
             level = bin_level(self.problem.source.num_chunks)
@@ -143,6 +154,8 @@ class ProblemHome:
         ready: set[Hashable] = set()
         group_size = 1
         for index, chunk in chunks:
+            if self.is_stopped.is_set():
+                raise CancelledError(f"stopped before leaf {index}")
             started.append((index, self._start(chunk, request, meter, ready)))
             if self.reader.device is not None:
                 for array in jax.tree.leaves(started[-1][1]):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import psutil
 
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.evaluate.base import Pass, Request, fold_reports
+from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
+from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
 from nlsq_dask.sources.base import Chunk, Source
 from nlsq_dask.sources.grid import GridSource
 
@@ -36,9 +38,12 @@ class LocalEvaluator:
         config: HybridStreamingConfig | None = None,
         *,
         num_threads: int | None = None,
+        progress: Progress | None = None,
     ) -> None:
         config = HybridStreamingConfig() if config is None else config
         self._num_threads = num_threads or _num_cpus()
+        self._progress = LogProgress() if progress is None else progress
+        self._num_passes = 0
         cache_bytes = config.cache_bytes
         if is_in_memory(problem.source):
             cache_bytes = 0
@@ -63,15 +68,12 @@ class LocalEvaluator:
     def evaluate(self, request: Request) -> Pass:
         """One pass over all rows."""
         start = time.perf_counter()
+        self._num_passes += 1
         num_leaves = self.problem.source.num_chunks
         ranges = split_leaves(num_leaves, self._num_threads)
-        if len(ranges) == 1:
-            reports = [self._home.reduce(ranges[0], request)]
-        else:
-            with ThreadPoolExecutor(len(ranges), thread_name_prefix="nlsq-pass") as threads:
-                reports = list(
-                    threads.map(lambda leaves: self._home.reduce(leaves, request), ranges)
-                )
+        title, num_rows = f"pass {self._num_passes}", self.problem.source.num_rows
+        with over(self._progress, title, num_rows, num_leaves) as on_leaf:
+            reports = self._reduce(ranges, request, on_leaf)
         sums, bins = fold_reports(reports, num_leaves)
         return Pass(
             sums=sums,
@@ -81,14 +83,42 @@ class LocalEvaluator:
             reports=tuple(reports),
         )
 
+    def _reduce(
+        self, ranges: Sequence[range], request: Request, on_leaf: OnLeaves
+    ) -> list[RangeReport]:
+        if len(ranges) == 1:
+            return [self._home.reduce(ranges[0], request, on_leaf=on_leaf)]
+
+        def reduce(leaves: range) -> RangeReport:
+            return self._home.reduce(leaves, request, on_leaf=on_leaf)
+
+        with (
+            ThreadPoolExecutor(len(ranges), thread_name_prefix="nlsq-pass") as threads,
+            ExitStack() as at_error,
+        ):
+            at_error.callback(self._home.is_stopped.set)  # nobody waits for the other threads
+            reports = list(threads.map(reduce, ranges))
+            at_error.pop_all()
+        return reports
+
     def map_chunks(
         self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
     ) -> list[_Value]:
         """``[function(i, chunk_i), …]``."""
-        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map") as threads:
-            return list(
-                threads.map(lambda i: function(i, self._home.reader.fetch_host(i)), indices)
-            )
+        source = self.problem.source
+        num_rows = round(source.num_rows * len(indices) / source.num_chunks)
+        with over(self._progress, "sample", num_rows, len(indices)) as on_leaf:
+
+            def apply(index: int) -> _Value:
+                value = function(index, self._home.reader.fetch_host(index))
+                on_leaf(1)
+                return value
+
+            threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map")
+            try:
+                return list(threads.map(apply, indices))
+            finally:  # after an error or an interrupt, no further chunk is begun
+                threads.shutdown(cancel_futures=True)
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; none are projected where the data are here already."""
@@ -106,6 +136,9 @@ class LocalEvaluator:
         limit = psutil.virtual_memory().total
         projection.require_within(limit, math.prod(self.problem.plan.leaf_shape))
         return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
+
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """Nobody collects events in this process beside the log."""
 
     def close(self) -> None:
         self._home.reader.retain([])

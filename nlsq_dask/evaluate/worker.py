@@ -76,8 +76,11 @@ def home_of(spec: HomeSpec) -> ProblemHome:
 
 
 def forget_home(token: str) -> None:
+    """Let go of a problem. What still runs on it ends after the leaf that it is at."""
     with _HOMES_LOCK:
-        _HOMES.pop(token, None)
+        home = _HOMES.pop(token, None)
+    if home is not None:
+        home.is_stopped.set()
 
 
 def same_spec(spec: HomeSpec) -> HomeSpec:

@@ -135,9 +135,9 @@ class SampleObjective:
                 everything, along, self.terms, chunk, precision="float64"
             )
         normal = jax.device_get(normal)
-        return CostGradient(
-            cost=normal.cost, num_rows=normal.num_rows, grad=along @ np.asarray(normal.grad)
-        )
+        grad = np.zeros(space.size)
+        grad[space.is_free] = normal.grad
+        return CostGradient(cost=normal.cost, num_rows=normal.num_rows, grad=grad)
 
     def residuals(self, params: Vector) -> Vector:
         """Weighted residuals of the sample's rows."""

@@ -333,13 +333,15 @@ def _describe_optima(course: Course) -> list[dict[str, Any]]:
     """What competed in the first pass."""
     if course.warmup is None:
         return []
+    optima = course.warmup.optima
+    costs = course.gate.costs or (np.nan,) * len(optima)  # of a fit interrupted before they met
     return [
         {
             "params": course.problem.space.expand(optimum.params),
             "sample_cost": optimum.cost,
             "cost": cost,
         }
-        for optimum, cost in zip(course.warmup.optima, course.gate.costs, strict=True)
+        for optimum, cost in zip(optima, costs, strict=True)
     ]
 
 
