@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -166,6 +167,7 @@ def test_a_terminal_shows_a_long_fit_by_itself():
         "import sys; sys.path.insert(0, 'tests'); import test_progress as t; t.fit()"
     )
     far, near = pty.openpty()
+    termios.tcsetwinsize(near, (24, 100))
     run = subprocess.Popen([sys.executable, "-c", code], stderr=near, stdout=near)
     os.close(near)
     text = b""
