@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import threading
@@ -71,6 +72,7 @@ class BarProgress:
             unit_scale=True,
             leave=False,
             disable=not _is_watched(),
+            file=_stream(),
             delay=max(0.0, self._show_from - time.perf_counter()),
         )
 
@@ -90,7 +92,7 @@ class BarProgress:
         self._lines.append(str(record))
         if time.perf_counter() >= self._show_from:
             for line in self._lines:
-                _bars().write(line, file=sys.stderr)
+                _bars().write(line, file=_stream())
             self._lines.clear()
 
 
@@ -178,7 +180,18 @@ def telling(progress: Progress, callback: Callback | None) -> Callback | None:
 
 def _is_watched() -> bool:
     """Whether someone sits at a terminal or a notebook."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _is_notebook() -> bool:
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _stream() -> Any:
+    """Where notebooks have no red background."""
+    return sys.stdout if _is_notebook() else sys.stderr
 
 
 def _is_logged() -> bool:
@@ -186,7 +199,12 @@ def _is_logged() -> bool:
 
 
 def _bars() -> Any:
-    from tqdm.auto import tqdm  # decides between a terminal and a notebook when it is imported
+    """Widgets in a notebook that has them; else text. `tqdm.auto` warns where it has not."""
+    if _is_notebook() and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm as widget
+
+        return widget
+    from tqdm import tqdm
 
     return tqdm
 
