@@ -36,6 +36,9 @@ class Progress(Protocol):
 
     shows_trials: bool
 
+    def restart(self) -> None:
+        """What comes now is a piece of work of its own."""
+
     def begin(self, title: str, num_rows: int) -> None:
         """Something that goes over so many rows."""
 
@@ -52,17 +55,21 @@ class Progress(Protocol):
 class BarProgress:
     """A bar of tqdm's, in a terminal or a notebook, and anywhere a line for each trial.
 
-    Trials are left to the log where that is shown already. Nothing appears before a fit has
+    Trials are left to the log where that is shown already. Nothing appears before the work has
     taken `delay_seconds`.
     """
 
     shows_trials = True
 
     def __init__(self, delay_seconds: float = 0.0) -> None:
-        self._show_from = time.perf_counter() + delay_seconds
-        self._lines: list[str] = []
+        self._delay_seconds = delay_seconds
         self._bar: Any = None
         self._lock = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        self._show_from = time.perf_counter() + self._delay_seconds
+        self._lines: list[str] = []
 
     def begin(self, title: str, num_rows: int) -> None:
         self._bar = _bars()(
@@ -105,6 +112,9 @@ class LogProgress:
         self._title, self._num_rows, self._done = "", 0, 0.0
         self._started = self._logged = 0.0
         self._lock = threading.Lock()
+
+    def restart(self) -> None:
+        return
 
     def begin(self, title: str, num_rows: int) -> None:
         self._title, self._num_rows, self._done = title, num_rows, 0.0

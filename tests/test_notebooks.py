@@ -21,9 +21,7 @@ def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("NLSQ_DASK_EXAMPLE_ROWS", "400000")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute(
-        cwd=str(tmp_path)
-    )
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute(cwd=str(tmp_path))
     complaints = [
         output["text"]
         for cell in notebook.cells

@@ -33,6 +33,9 @@ class Recorder:
     def __init__(self):
         self.parts, self.records = [], []
 
+    def restart(self):
+        return
+
     def begin(self, title, num_rows):
         self.parts.append([title, num_rows, 0.0, False])
 
@@ -182,6 +185,29 @@ def test_a_terminal_shows_a_long_fit_by_itself():
     assert run.wait() == 0, text
     assert b"pass 1: cost" in text
     assert b"pass 1:   0%|" in text
+
+
+def test_what_follows_a_fit_has_its_own_two_seconds(monkeypatch):
+    """A profile interval asked for an hour later takes passes of its own, however short."""
+    bars = []
+    monkeypatch.setattr(shown, "_is_watched", lambda: True)
+    monkeypatch.setattr(shown, "_SILENT_SECONDS", 100.0)
+    monkeypatch.setattr(shown, "_bars", lambda: lambda **options: bars.append(options) or Bar())
+    result = fit()
+    late = time.perf_counter() + 1e6
+    monkeypatch.setattr(shown.time, "perf_counter", lambda: late)
+    num_bars = len(bars)
+    result.confidence_interval(params="rate", method="profile")
+    assert num_bars < len(bars)
+    assert all(bar["delay"] > 0 for bar in bars)
+
+
+class Bar:
+    def update(self, count):
+        return
+
+    def close(self):
+        return
 
 
 def test_a_quiet_configuration_stays_quiet():
