@@ -10,6 +10,7 @@ __all__ = [
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
+    "ResultFileError",
     "SessionError",
     "SpoolLimitError",
     "StoreNotFoundError",
@@ -32,6 +33,10 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or resumed: the place, the file, or it is of another fit."""
+
+
+class ResultFileError(ValueError):
+    """A result cannot be saved there, or what is there is none that this version can read."""
 
 
 class LengthError(ValueError, TypeError):

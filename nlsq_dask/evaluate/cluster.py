@@ -8,14 +8,10 @@ where they do not fit, each is loaded and reduced by one task, and let go.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -25,6 +21,7 @@ import distributed
 import numpy as np
 import psutil
 
+from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
@@ -56,8 +53,6 @@ __all__ = ["ClusterEvaluator", "platform_of", "workers_of"]
 
 _Value = TypeVar("_Value")
 
-_PACKAGE_FOLDER = Path(__file__).parents[1]
-_INSTALLED = ("stdlib", "purelib", "platlib")
 _ROWS_PER_TASK = 2**23  # a quarter of a second of work or more
 _TASKS_PER_THREAD = 4
 _MAX_SHIPPED_BYTES = 2**16  # larger arrays travel as blocks, not inside each task
@@ -135,7 +130,7 @@ class ClusterEvaluator:
             problem = replace(problem, source=problem.source.with_columns(remote))
         with contextlib.ExitStack() as by_value:
             for own in (problem.model.function, problem.model.jac, type(problem.source)):
-                by_value.enter_context(_by_value(own))
+                by_value.enter_context(pickled_by_value(own))
             home = HomeSpec(
                 token=self._token,
                 payload=cloudpickle.dumps(problem),
@@ -459,33 +454,3 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
 
 def _nbytes(column: Any) -> int:
     return int(np.prod(column.shape)) * int(column.dtype.itemsize)
-
-
-def _is_users_own(module: ModuleType) -> bool:
-    """Whether a module is neither installed, nor this package, nor run as a script."""
-    file: str | None = vars(module).get("__file__")
-    if not file or module.__name__ == "__main__":
-        return False
-    folders: list[str | Path] = [
-        _PACKAGE_FOLDER,
-        *(sysconfig.get_path(name) for name in _INSTALLED),
-    ]
-    return not any(Path(file).resolve().is_relative_to(Path(f).resolve()) for f in folders)
-
-
-@contextlib.contextmanager
-def _by_value(function: Any) -> Iterator[None]:
-    """Pickle a function by value even where its module could be imported here.
-
-    The user's own modules are not on the workers; installed packages are, and go by name.
-    """
-    module = inspect.getmodule(function) if function is not None else None
-    already = cloudpickle.list_registry_pickle_by_value()
-    if module is None or module.__name__ in already or not _is_users_own(module):
-        yield
-        return
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
