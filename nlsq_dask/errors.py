@@ -14,6 +14,7 @@ __all__ = [
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
+    "ResultFileError",
     "SessionError",
     "SpoolLimitError",
     "StoreNotFoundError",
@@ -36,6 +37,10 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or resumed: the place, the file, or it is of another fit."""
+
+
+class ResultFileError(ValueError):
+    """A result cannot be saved there, or what is there is none that this version can read."""
 
 
 class LengthError(ValueError, TypeError):

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import Progress, choose_progress, require_progress, telling
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
+from nlsq_dask.results.report import with_origin
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.sources.base import Source
@@ -221,6 +223,7 @@ class AdaptiveHybridStreamingOptimizer:
         progress: bool | None = None,
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
+        started = datetime.now(UTC)
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
         shown = choose_progress(progress, config.verbose)
         callback = telling(shown, callback)
@@ -232,7 +235,7 @@ class AdaptiveHybridStreamingOptimizer:
         problem = _build_problem(rows, space, criterion, config, platform)
         open_evaluator = functools.partial(_open_evaluator, problem, config, client, shown)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
-        result.diagnostics["time_axes"] = dict(rows.time_axes)
+        result = with_origin(result, problem, rows.origin, nan_policy, started)
         if rows.is_temporary:
             result = replace(result, session=None)
         self._result = result

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # A layer may import those to its left.
 ORDER = [
-    {"_version", "errors", "status", "_typing", "presets", "recent"},
+    {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value"},
     {"options", "compilation"},
     {"config"},
     {"checkpoint.flat"},
@@ -25,7 +25,7 @@ ORDER = [
     {"sources.columns", "sources.dask", "sources.graph", "sources.grid", "sources.stores"},
     {"sources.clusters"},
     {"sources.arrays", "sources.xarray", "sample"},
-    {"sources.batches"},
+    {"sources.batches", "sources.origin"},
     {"kernels.tiles", "kernels.products"},
     {"kernels.rows", "kernels.counts"},
     {"kernels.build", "kernels.width", "plan"},
@@ -38,7 +38,7 @@ ORDER = [
     {"evaluate.shards", "evaluate.packed", "evaluate.reading"},
     {"evaluate.leaves"},
     {"evaluate.local", "evaluate.worker"},
-    {"evaluate.blocks", "evaluate.shipping", "evaluate.workers"},
+    {"evaluate.blocks", "evaluate.workers"},
     {"evaluate.cluster", "evaluate.reach"},
     {"solvers.quadratic", "solvers.lbfgs"},
     {"solvers.subproblem"},
@@ -46,7 +46,12 @@ ORDER = [
     {"solvers.trust_region", "solvers.truncated_newton"},
     {"solvers.minimize", "solvers.end_point", "objective.penalised"},
     {"results.session"},
-    {"results.residuals", "results.streaming", "results.profile"},
+    {"results.residuals", "results.streaming", "results.profile", "results.unit_text"},
+    {"results.units", "results.plain", "results.rows"},
+    {"results.provenance"},
+    {"results.outcome"},
+    {"results.intervals", "results.labelled", "results.summary"},
+    {"results.prediction", "results.saving"},
     {"results.covariance", "results.diagnostics", "objective.dense", "results.result"},
     {"warmup.multistart", "warmup.descents"},
     {"warmup.state"},
@@ -72,6 +77,7 @@ KNOWS_DASK = {
     "evaluate.workers",
     "sources.dask",
     "sources.graph",
+    "results.prediction",
     "cli",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -14,11 +14,13 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import cloudpickle
 import dask
 import distributed
 import numpy as np
 import psutil
 
+from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
@@ -26,7 +28,6 @@ from nlsq_dask.evaluate.blocks import DaskBlocks
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.shipping import pickle_problem
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.evaluate.worker import (
     JAXLIB_VERSION,
@@ -115,9 +116,14 @@ class ClusterEvaluator:
 
     def _send_problem(self) -> None:
         """Ship the problem once to each worker, as a task: a lost copy is made again."""
+        problem = self._blocks.cut_from(self._problem)
+        with contextlib.ExitStack() as by_value:
+            for own in (problem.model.function, problem.model.jac, type(problem.source)):
+                by_value.enter_context(pickled_by_value(own))
+            payload = cloudpickle.dumps(problem)
         self._spec = HomeSpec(
             token=self._token,
-            payload=pickle_problem(self._blocks.cut_from(self._problem)),
+            payload=payload,
             cache_bytes=self._cache_bytes,
             prefetch=self._config.prefetch,
             precision=self._config.precision,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import cftime
 import numpy as np
@@ -91,6 +91,22 @@ class TimeAxis:
     unit: str
     origin: Any  # numpy.datetime64, a cftime datetime, or None for a duration
     calendar: str | None
+
+    @classmethod
+    def from_units(cls, units: str, calendar: str | None) -> Self:
+        """The axis that has these `units`.
+
+        Raises
+        ------
+        ValueError
+            If they are not CF's.
+        """
+        unit, text = _parse_units(units)
+        if text is None:
+            return cls(unit=unit, origin=None, calendar=None)
+        if calendar is None:
+            return cls(unit=unit, origin=np.datetime64(text), calendar=None)
+        return cls(unit=unit, origin=_parse_origin(unit, text, calendar), calendar=calendar)
 
     @property
     def units(self) -> str:
