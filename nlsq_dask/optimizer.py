@@ -38,6 +38,7 @@ from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
+from nlsq_dask.sources.columns import transports_of
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.telemetry import Callback
 from nlsq_dask.warmup.normalization import ParameterNormalizer
@@ -226,6 +227,8 @@ class AdaptiveHybridStreamingOptimizer:
         open_evaluator = functools.partial(_open_evaluator, problem, config, client)
         result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
         result.diagnostics["time_axes"] = dict(rows.time_axes)
+        if isinstance(rows.source, GridSource):
+            result.diagnostics["transports"] = transports_of(rows.source.columns.values())
         if rows.is_temporary:
             result = replace(result, session=None)
         self._result = result
