@@ -29,7 +29,6 @@ from nlsq_dask.sources.transport import redacted
 __all__ = [
     "PROTOCOLS",
     "build_object_store",
-    "fsspec_options",
     "protocol_of",
     "without_credentials",
 ]
@@ -84,11 +83,14 @@ def build_object_store(url: str, options: Mapping[str, Any]) -> ZarrStore | None
     StoreNotFoundError
         If there is no such bucket.
     ValueError
-        If a key comes without its secret, or there is no such profile.
+        If there is no bucket in the URL, a key comes without its secret, an endpoint is no URL, or
+        there is no such profile.
     """
     protocol = protocol_of(url)
     if protocol not in _SERVICES or importlib.util.find_spec("obstore") is None:
         return None
+    if not urlsplit(url).netloc:
+        raise ValueError(f"`ds` must be a URL with a bucket, container or host, got {url!r}")
     given = {name: value for name, value in options.items() if value is not None}
     store = _SERVICES[protocol](url, given)
     if store is None:
@@ -96,18 +98,6 @@ def build_object_store(url: str, options: Mapping[str, Any]) -> ZarrStore | None
     from zarr.storage import ObjectStore
 
     return ObjectStore(store, read_only=True)
-
-
-def fsspec_options(url: str, options: Mapping[str, Any]) -> Options:
-    """Options for fsspec, whose S3 would try a dead endpoint for minutes."""
-    if protocol_of(url) not in ("s3", "s3a"):
-        return dict(options)
-    patience = {
-        "connect_timeout": _CONNECT_SECONDS,
-        "read_timeout": _STALL_SECONDS,
-        "retries": {"total_max_attempts": 1},  # s3fs tries five times
-    }
-    return {"config_kwargs": patience, **options}
 
 
 def without_credentials(url: str, options: Mapping[str, Any]) -> tuple[str, Options]:
@@ -150,14 +140,19 @@ def _without(options: Mapping[str, Any], name: str) -> Options:
     return {key: value for key, value in options.items() if key != name}
 
 
-def _transport(*urls: str) -> Options:
-    """How patiently obstore tries."""
+def _transport(endpoint: str | None = None) -> Options:
+    """How patiently obstore tries, and whether without encryption."""
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise ValueError(
+            "`storage_options` must have an endpoint that begins with http:// or https://, got "
+            f"{redacted(endpoint)!r}"
+        )
     return {
         "client_options": {
             "connect_timeout": timedelta(seconds=_CONNECT_SECONDS),
             "read_timeout": timedelta(seconds=_STALL_SECONDS),
             "timeout": timedelta(seconds=_REQUEST_SECONDS),
-            "allow_http": any(url.startswith("http://") for url in urls),
+            "allow_http": endpoint is not None and endpoint.startswith("http://"),
         },
         "retry_config": {
             "max_retries": _MAX_RETRIES,
@@ -213,7 +208,7 @@ def _s3(url: str, options: Options) -> Any:
         url,
         config=config,
         credential_provider=None if config.get("skip_signature") else _keys(keys, profile),
-        **_transport(config.get("endpoint", "")),
+        **_transport(config.get("endpoint")),
     )
 
 
@@ -297,7 +292,7 @@ def _google(url: str, options: Options) -> Any:
     return GCSStore.from_url(
         url.replace("gcs://", "gs://", 1),
         config=config | token,
-        **_transport(config.get("base_url", "")),
+        **_transport(config.get("base_url")),
     )
 
 

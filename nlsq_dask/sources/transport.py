@@ -69,6 +69,8 @@ def reported(store: str) -> Iterator[None]:
     """
     try:
         yield
+    except (StoreNotFoundError, StoreDeniedError):
+        raise
     except _errors() as error:
         raise _refusal_of(error, store) from None
 
@@ -90,9 +92,16 @@ def _errors() -> tuple[type[Exception], ...]:
     return (OSError, *(members[name] for members, names in loaded for name in names))
 
 
+def _reason(error: Exception) -> str:
+    """The first line, up to the service's answer; of obstore's, the request and its end."""
+    line = redacted(re.split(r"[\n<{]", str(error))[0]).rstrip(" :-")
+    tried = re.search(r"Error performing (\w+ \S+) in .* - (.*)", line)
+    return f"{tried[1]}: {tried[2]}" if tried else line or "no answer in time"
+
+
 def _refusal_of(error: Exception, store: str) -> OSError:
     """What to tell of a store that could not be read."""
-    reason = redacted(re.split(r"[\n<{]", str(error))[0]).rstrip(" :-")
+    reason = _reason(error)
     if isinstance(error, FileNotFoundError):
         return StoreNotFoundError(
             f"`ds` must name a store that exists, and nothing was found at {store} ({reason}); "
