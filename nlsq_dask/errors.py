@@ -17,7 +17,9 @@ __all__ = [
     "ResultFileError",
     "SessionError",
     "SpoolLimitError",
+    "StoreDeniedError",
     "StoreNotFoundError",
+    "StoreUnreachableError",
     "UntraceableModelError",
     "WorkerError",
 ]
@@ -57,6 +59,14 @@ class CovarianceError(ValueError):
 
 class StoreNotFoundError(FileNotFoundError):
     """There is no store at the path or URL given."""
+
+
+class StoreDeniedError(PermissionError):
+    """A store may not be read with the credentials given, or there are none."""
+
+
+class StoreUnreachableError(ConnectionError):
+    """What should serve a store does not answer, or not as such a service does."""
 
 
 class SpoolLimitError(OSError):

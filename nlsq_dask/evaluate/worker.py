@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -50,7 +50,7 @@ class HomeSpec:
     """What a worker needs to set up a problem."""
 
     token: str
-    payload: bytes
+    payload: bytes = field(repr=False)  # Dask logs arguments; it may hold a key
     cache_bytes: int
     prefetch: bool
     precision: Precision
