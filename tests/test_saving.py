@@ -252,7 +252,7 @@ def test_a_file_cut_short_is_refused(result, tmp_path):
     path = tmp_path / "result.nc"
     result.save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ResultFileError, match="result.nc"):
+    with pytest.raises(ResultFileError, match=r"result\.nc"):
         FitResult.load(path)
 
 
