@@ -89,7 +89,7 @@ class RowTask:
         shape = np.broadcast_shapes(*(block.shape for block in aligned))
         if 0 in shape:
             return np.zeros(shape)
-        padded = [self._pad(block) for block in aligned]
+        padded = [self._pad(*pair) for pair in zip(aligned, self.axes, strict=True)]
         kernel = _COMPILED.get((self.quantity, self.token), lambda: self._build(payload))
         value = kernel(padded, given)
         return value[tuple(map(slice, shape))]
@@ -101,11 +101,11 @@ class RowTask:
             shape[axis] = length
         return block.astype(np.float64).reshape(shape)
 
-    def _pad(self, block: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
-        """Up to the full shape, by repeating the last values."""
+    def _pad(self, block: Float[np.ndarray, ...], axes: Sequence[int]) -> Float[np.ndarray, ...]:
+        """Up to the full shape along its own axes, by repeating the last values."""
         missing = [
-            (0, full - length if length > 1 else 0)
-            for length, full in zip(block.shape, self.full_shape, strict=True)
+            (0, self.full_shape[axis] - length if axis in axes else 0)
+            for axis, length in enumerate(block.shape)
         ]
         return np.pad(block, missing, mode="edge") if any(map(any, missing)) else block
 

@@ -2,8 +2,8 @@
 
 Neither format is harmless by itself. Zarr finds codecs by name among all that are installed, and
 one of numcodecs' unpickles what it reads, where it is allowed to; so the codecs of every array are
-looked at before Zarr sees the folder, and only compressors and text are let through. HDF5 files may
-point to others: links are not followed, and neither are arrays that are kept elsewhere.
+looked at before Zarr sees the folder, and only compressors and text are let through. HDF5 files
+may point to others: links are not followed, and neither are arrays that are kept elsewhere.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import fsspec
 import h5py
@@ -53,7 +54,7 @@ def open_store(
     """
     if isinstance(store, ZarrStore):
         return _open_zarr(store, None, redacted(repr(store)))
-    path = os.fspath(store)
+    path = _local_path(os.fspath(store))
     if "://" in path:
         return _open_url(path, storage_options or {})
     if not Path(path).exists():
@@ -66,6 +67,11 @@ def open_store(
     if Path(path).is_file() and not path.endswith(".zip"):
         return _open_hdf5(path)
     return _open_zarr(path, None, repr(path))
+
+
+def _local_path(given: str) -> str:
+    """A URL of this machine's own files as the path that it is."""
+    return url2pathname(urlsplit(given).path) if given.startswith("file://") else given
 
 
 def _open_url(given: str, storage_options: Mapping[str, Any]) -> xr.Dataset:
