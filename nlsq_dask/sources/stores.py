@@ -53,7 +53,7 @@ def open_store(
     """
     if isinstance(store, ZarrStore):
         return _open_zarr(store, None, redacted(repr(store)))
-    path = os.fspath(store)
+    path = os.fspath(store).removeprefix("file://")
     if "://" in path:
         return _open_url(path, storage_options or {})
     if not Path(path).exists():
