@@ -20,8 +20,9 @@ from nlsq_dask.errors import (
     StoreUnreachableError,
 )
 
-__all__ = ["redacted", "reported", "reported_reading", "transport_of"]
+__all__ = ["comes_late", "redacted", "reported", "reported_reading", "transport_of"]
 
+_FROM_AFAR = {"obstore", "fsspec", "IcechunkStore"}
 # What each library raises that does not raise the builtins alone.
 _RAISED_BY = {
     "obstore.exceptions": ("BaseError",),
@@ -57,6 +58,11 @@ def transport_of(backend: Any) -> str:
         return module
     store = type(backend.get_array().store).__name__
     return {"ObjectStore": "obstore", "FsspecStore": "fsspec"}.get(store, store)
+
+
+def comes_late(transport: str) -> bool:
+    """Whether it is worth having many requests under way at once."""
+    return transport in _FROM_AFAR
 
 
 @contextmanager
