@@ -356,7 +356,11 @@ class FitResult(Outcome, Mapping[str, Any]):
     # -- text
 
     def summary(self) -> str:
-        """A report in plain text."""
+        """A report in plain text, in the layout of lmfit's ``fit_report``.
+
+        First why the fit stopped; then model, statistics, parameters (value, standard error, start,
+        bounds, units) and correlations; last what a reader should be warned of.
+        """
         return summarise(self)
 
     def __repr__(self) -> str:
