@@ -37,6 +37,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds, for a cell
 nb_merge_streams = True
+nb_output_stderr = "remove"  # bars appear or not by how long a fit takes here
 # Each page is a process of its own, and they fit the same few models: what one has compiled,
 # the next reads back.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="nlsq-dask-docs-"))
