@@ -479,6 +479,7 @@ def _choose_client(source: Source, num_free: int, client: Any) -> Any:
 def _open_evaluator(
     problem: Problem, config: HybridStreamingConfig, client: Any, progress: Progress
 ) -> Evaluator:
+    progress.restart()
     if client is None:
         return LocalEvaluator(problem, config, progress=progress)
     from nlsq_dask.evaluate.cluster import ClusterEvaluator  # Dask takes its time to load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import threading
@@ -35,6 +36,9 @@ class Progress(Protocol):
 
     shows_trials: bool
 
+    def restart(self) -> None:
+        """What comes now is a piece of work of its own."""
+
     def begin(self, title: str, num_rows: int) -> None:
         """Something that goes over so many rows."""
 
@@ -51,17 +55,21 @@ class Progress(Protocol):
 class BarProgress:
     """A bar of tqdm's, in a terminal or a notebook, and anywhere a line for each trial.
 
-    Trials are left to the log where that is shown already. Nothing appears before a fit has
+    Trials are left to the log where that is shown already. Nothing appears before the work has
     taken `delay_seconds`.
     """
 
     shows_trials = True
 
     def __init__(self, delay_seconds: float = 0.0) -> None:
-        self._show_from = time.perf_counter() + delay_seconds
-        self._lines: list[str] = []
+        self._delay_seconds = delay_seconds
         self._bar: Any = None
         self._lock = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        self._show_from = time.perf_counter() + self._delay_seconds
+        self._lines: list[str] = []
 
     def begin(self, title: str, num_rows: int) -> None:
         self._bar = _bars()(
@@ -71,6 +79,7 @@ class BarProgress:
             unit_scale=True,
             leave=False,
             disable=not _is_watched(),
+            file=_stream(),
             delay=max(0.0, self._show_from - time.perf_counter()),
         )
 
@@ -90,7 +99,7 @@ class BarProgress:
         self._lines.append(str(record))
         if time.perf_counter() >= self._show_from:
             for line in self._lines:
-                _bars().write(line, file=sys.stderr)
+                _bars().write(line, file=_stream())
             self._lines.clear()
 
 
@@ -103,6 +112,9 @@ class LogProgress:
         self._title, self._num_rows, self._done = "", 0, 0.0
         self._started = self._logged = 0.0
         self._lock = threading.Lock()
+
+    def restart(self) -> None:
+        return
 
     def begin(self, title: str, num_rows: int) -> None:
         self._title, self._num_rows, self._done = title, num_rows, 0.0
@@ -178,7 +190,18 @@ def telling(progress: Progress, callback: Callback | None) -> Callback | None:
 
 def _is_watched() -> bool:
     """Whether someone sits at a terminal or a notebook."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _is_notebook() -> bool:
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _stream() -> Any:
+    """Where notebooks have no red background."""
+    return sys.stdout if _is_notebook() else sys.stderr
 
 
 def _is_logged() -> bool:
@@ -186,7 +209,12 @@ def _is_logged() -> bool:
 
 
 def _bars() -> Any:
-    from tqdm.auto import tqdm  # decides between a terminal and a notebook when it is imported
+    """Widgets in a notebook that has them; else text. `tqdm.auto` warns where it has not."""
+    if _is_notebook() and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm as widget
+
+        return widget
+    from tqdm import tqdm
 
     return tqdm
 

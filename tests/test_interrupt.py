@@ -23,10 +23,12 @@ SCRIPT = Path(interrupted_run.__file__)
 @pytest.mark.parametrize("where", ["here", pytest.param("cluster", marks=pytest.mark.cluster)])
 def test_an_interrupted_fit_hands_over_what_it_has(where, tmp_path):
     command = [sys.executable, str(SCRIPT), where, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         assert run.stdout.readline() == "pass\n"
         time.sleep(1.0)  # into the second pass, which would take a minute or two
-        os.kill(run.pid, signal.SIGINT)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers as well
         start = time.monotonic()
         told = json.loads(run.stdout.read())
         assert time.monotonic() - start < 30

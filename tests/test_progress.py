@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -31,6 +32,9 @@ class Recorder:
 
     def __init__(self):
         self.parts, self.records = [], []
+
+    def restart(self):
+        return
 
     def begin(self, title, num_rows):
         self.parts.append([title, num_rows, 0.0, False])
@@ -166,6 +170,7 @@ def test_a_terminal_shows_a_long_fit_by_itself():
         "import sys; sys.path.insert(0, 'tests'); import test_progress as t; t.fit()"
     )
     far, near = pty.openpty()
+    termios.tcsetwinsize(near, (24, 100))
     run = subprocess.Popen([sys.executable, "-c", code], stderr=near, stdout=near)
     os.close(near)
     text = b""
@@ -180,6 +185,29 @@ def test_a_terminal_shows_a_long_fit_by_itself():
     assert run.wait() == 0, text
     assert b"pass 1: cost" in text
     assert b"pass 1:   0%|" in text
+
+
+def test_what_follows_a_fit_has_its_own_two_seconds(monkeypatch):
+    """A profile interval asked for an hour later takes passes of its own, however short."""
+    bars = []
+    monkeypatch.setattr(shown, "_is_watched", lambda: True)
+    monkeypatch.setattr(shown, "_SILENT_SECONDS", 100.0)
+    monkeypatch.setattr(shown, "_bars", lambda: lambda **options: bars.append(options) or Bar())
+    result = fit()
+    late = time.perf_counter() + 1e6
+    monkeypatch.setattr(shown.time, "perf_counter", lambda: late)
+    num_bars = len(bars)
+    result.confidence_interval(params="rate", method="profile")
+    assert num_bars < len(bars)
+    assert all(bar["delay"] > 0 for bar in bars)
+
+
+class Bar:
+    def update(self, count):
+        return
+
+    def close(self):
+        return
 
 
 def test_a_quiet_configuration_stays_quiet():

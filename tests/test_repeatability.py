@@ -66,8 +66,8 @@ def test_same_bits_with_threads(how, store, expected):
 def test_same_bits_for_any_number_of_threads(num_threads, store, expected, monkeypatch):
     from nlsq_dask import optimizer
 
-    def local(problem, config):
-        return LocalEvaluator(problem, config, num_threads=num_threads)
+    def local(problem, config, progress):
+        return LocalEvaluator(problem, config, num_threads=num_threads, progress=progress)
 
     monkeypatch.setattr(optimizer, "LocalEvaluator", local)
     assert_same_bits(fit(store), expected)
