@@ -7,7 +7,9 @@ The reference is made from docstrings.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 from nlsq_dask import __version__
 
@@ -28,6 +30,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True  # a link within the site that leads nowhere fails the build
+is_published = os.environ.get("DOCS_PUBLISH") == "1"  # needs a network, and takes longer
 
 # -- Markdown and notebooks
 
@@ -37,11 +40,20 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds, for a cell
 nb_merge_streams = True
-nb_output_stderr = "remove"  # bars appear or not by how long a fit takes here
 # Each page is a process of its own, and they fit the same few models: what one has compiled,
 # the next reads back.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="nlsq-dask-docs-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# The notebooks of the examples are pages too. Tests run them; here that would be a second time.
+HERE = Path(__file__).parent
+shutil.rmtree(HERE / "examples", ignore_errors=True)
+shutil.copytree(HERE.parent / "examples", HERE / "examples")
+nb_execution_excludepatterns = [] if is_published else ["examples/*"]
+# Bars appear by themselves after two seconds, so by how busy this machine is: only where asked for.
+os.environ["IPYTHONDIR"] = tempfile.mkdtemp(prefix="nlsq-dask-docs-")
+startup = Path(os.environ["IPYTHONDIR"], "profile_default", "startup")
+startup.mkdir(parents=True)
+(startup / "bars.py").write_text("from nlsq_dask import progress; progress._SILENT_SECONDS = 1e9")
 
 # -- reference
 
@@ -52,7 +64,6 @@ numpydoc_show_class_members = False
 maximum_signature_line_length = 80
 
 # Without a network the build must not fail: other projects' names are then not links.
-is_online = os.environ.get("DOCS_ONLINE") == "1"
 intersphinx_mapping = (
     {
         "dask": ("https://docs.dask.org/en/stable", None),
@@ -63,10 +74,10 @@ intersphinx_mapping = (
         "scipy": ("https://docs.scipy.org/doc/scipy", None),
         "xarray": ("https://docs.xarray.dev/en/stable", None),
     }
-    if is_online
+    if is_published
     else {}
 )
-if not is_online:
+if not is_published:
     nitpick_ignore_regex = [(r"py:.*", r"(?!nlsq_dask).*")]
 
 # -- theme
