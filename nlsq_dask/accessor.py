@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any
 
 from nlsq_dask._typing import ModelFunction
 from nlsq_dask.api import fit_dataset
 from nlsq_dask.results.result import FitResult
+
+# Importing xarray here would call `register` before there is one.
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["DataArrayAccessor", "DatasetAccessor", "register"]
 

@@ -23,25 +23,25 @@ class IterationRecord:
     there is NaN.
     """
 
-    phase: int  # 1 the warmup, 2 the passes over all data
-    iteration: int  # within its phase
+    phase: int  #: 1 the warmup, 2 the passes over all data
+    iteration: int  #: within its phase
     num_passes: int
-    params: Float[np.ndarray, " n"]  # the best point so far, all parameters
-    cost: float  # ½ Σ r² there
-    loss: float  # 2 cost / m
-    trial_cost: float  # at the point tried in this pass
-    relative_change: float  # of the cost, negative when it fell
+    params: Float[np.ndarray, " n"]  #: the best point so far, all parameters
+    cost: float  #: ½ Σ r² there
+    loss: float  #: 2 cost / m
+    trial_cost: float  #: at the point tried in this pass
+    relative_change: float  #: of the cost, negative when it fell
     accepted: bool
-    gain: float  # actual over predicted reduction; NaN where there was none
-    distance: float  # estimated, to the minimum, in standard errors
+    gain: float  #: actual over predicted reduction; NaN where there was none
+    distance: float  #: estimated, to the minimum, in standard errors
     damping: float
     radius: float
     optimality: float
     num_active: int
     num_rows: int
     bytes_read: int
-    seconds: float  # of the pass, or since the last record of the warmup
-    is_product: bool = False  # of conjugate gradients, at the best point: no trial
+    seconds: float  #: of the pass, or since the last record of the warmup
+    is_product: bool = False  #: of conjugate gradients, at the best point: no trial
 
     @property
     def rows_per_second(self) -> float:

@@ -52,7 +52,9 @@ def test_help_shows_the_options():
 
 
 @pytest.mark.parametrize(
-    "lines", ["import nlsq_dask, xarray", "import xarray, nlsq_dask"], ids=["before", "after"]
+    "lines",
+    ["import nlsq_dask, xarray", "import xarray, nlsq_dask", "import nlsq_dask.accessor, xarray"],
+    ids=["before", "after", "by itself"],
 )
 def test_it_is_there_in_whatever_order_they_are_imported(lines):
     code = f"{lines}; xarray.Dataset().nlsq.fit; xarray.DataArray().nlsq.fit"
