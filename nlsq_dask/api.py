@@ -76,8 +76,8 @@ def fit_dataset(
     Parameters
     ----------
     ds : xarray.Dataset, str, path, zarr store or Source
-        The data: a dataset (in memory, lazily opened or of Dask arrays), the path or URL of a
-        Zarr or HDF5/netCDF4 store, or any `Source`.
+        The data: a dataset (in memory, lazily opened or of Dask arrays), the path of a Zarr or
+        HDF5/netCDF4 store, the URL of a Zarr store, or any `Source`.
     model : callable
         ``model(x1, …, p1, p2, …)``, elementwise and traceable by JAX. Arguments that name a
         variable, coordinate or dimension of `ds` are independent variables and come first;
@@ -143,7 +143,9 @@ def fit_dataset(
         A local file that is replaced, in one step, after the warmup and after each pass. It is
         only written: ``config.resume_from_checkpoint`` goes on from one, to the same bits.
     storage_options : mapping, optional
-        For a URL, in fsspec's names.
+        For a URL, in fsspec's names: ``{"anon": True}``, ``{"profile": "lab"}``,
+        ``{"key": …, "secret": …, "endpoint_url": …}``. obstore reads where it has all that are
+        given, fsspec otherwise; see ``result.diagnostics["transports"]``.
 
     Returns
     -------
@@ -157,8 +159,8 @@ def fit_dataset(
         the data can show.
     DataError
         If no row can be fitted.
-    StoreNotFoundError
-        If there is no store.
+    StoreNotFoundError, StoreDeniedError, StoreUnreachableError
+        If there is no store, or it may not or cannot be read.
     CheckpointError
         If checkpoints cannot be written, or the one to resume is damaged or of another fit.
     MemoryProjectionError

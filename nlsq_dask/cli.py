@@ -444,7 +444,7 @@ def _load_module(name: str) -> ModuleType:
 )
 @click.option("--quiet", is_flag=True, help="Do not show the passes.")
 def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: Any) -> None:
-    """Fit a model to STORE, the path or URL of a Zarr or HDF5/netCDF4 store.
+    """Fit a model to STORE, the path of a Zarr or HDF5/netCDF4 store or the URL of a Zarr store.
 
     The model is a function of variables of the store and then parameters, written with
     jax.numpy. The exit status is 0 if the fit converged, 1 if it did not, 130 if it was

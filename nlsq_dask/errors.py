@@ -14,9 +14,12 @@ __all__ = [
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
+    "ResultFileError",
     "SessionError",
     "SpoolLimitError",
+    "StoreDeniedError",
     "StoreNotFoundError",
+    "StoreUnreachableError",
     "UntraceableModelError",
     "WorkerError",
 ]
@@ -38,6 +41,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or resumed: the place, the file, or it is of another fit."""
 
 
+class ResultFileError(ValueError):
+    """A result cannot be saved there, or what is there is none that this version can read."""
+
+
 class LengthError(ValueError, TypeError):
     """There are more or fewer values than parameters. SciPy has a TypeError for that."""
 
@@ -52,6 +59,14 @@ class CovarianceError(ValueError):
 
 class StoreNotFoundError(FileNotFoundError):
     """There is no store at the path or URL given."""
+
+
+class StoreDeniedError(PermissionError):
+    """A store may not be read with the credentials given, or there are none."""
+
+
+class StoreUnreachableError(ConnectionError):
+    """What should serve a store does not answer, or not as such a service does."""
 
 
 class SpoolLimitError(OSError):

@@ -32,7 +32,7 @@ _LOG_EVERY_SECONDS = 30.0
 
 
 class Progress(Protocol):
-    """Told what goes on; `advance` comes from several threads."""
+    """Told what goes on; `advance` comes from several threads, one at a time."""
 
     shows_trials: bool
 
@@ -42,8 +42,8 @@ class Progress(Protocol):
     def begin(self, title: str, num_rows: int) -> None:
         """Something that goes over so many rows."""
 
-    def advance(self, num_rows: float) -> None:
-        """As many of them are done now."""
+    def advance(self, num_rows: int) -> None:
+        """As many more of them are done."""
 
     def end(self) -> None:
         """It is over, whether it was finished or not."""
@@ -64,7 +64,6 @@ class BarProgress:
     def __init__(self, delay_seconds: float = 0.0) -> None:
         self._delay_seconds = delay_seconds
         self._bar: Any = None
-        self._lock = threading.Lock()
         self.restart()
 
     def restart(self) -> None:
@@ -83,15 +82,11 @@ class BarProgress:
             delay=max(0.0, self._show_from - time.perf_counter()),
         )
 
-    def advance(self, num_rows: float) -> None:
-        with self._lock:
-            if self._bar is not None:
-                self._bar.update(num_rows)
+    def advance(self, num_rows: int) -> None:
+        self._bar.update(num_rows)
 
     def end(self) -> None:
-        with self._lock:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def tell(self, record: IterationRecord) -> None:
         if record.phase == 1 or _is_logged():
@@ -109,33 +104,30 @@ class LogProgress:
     shows_trials = False
 
     def __init__(self) -> None:
-        self._title, self._num_rows, self._done = "", 0, 0.0
+        self._title, self._num_rows, self._done = "", 0, 0
         self._started = self._logged = 0.0
-        self._lock = threading.Lock()
 
     def restart(self) -> None:
         return
 
     def begin(self, title: str, num_rows: int) -> None:
-        self._title, self._num_rows, self._done = title, num_rows, 0.0
+        self._title, self._num_rows, self._done = title, num_rows, 0
         self._started = self._logged = time.perf_counter()
 
-    def advance(self, num_rows: float) -> None:
-        with self._lock:
-            self._done += num_rows
-            now = time.perf_counter()
-            if now - self._logged < _LOG_EVERY_SECONDS or self._done >= self._num_rows:
-                return
-            self._logged = now
-            rate = self._done / (now - self._started)
-            left = (self._num_rows - self._done) / rate
+    def advance(self, num_rows: int) -> None:
+        self._done += num_rows
+        now = time.perf_counter()
+        if now - self._logged < _LOG_EVERY_SECONDS or self._done >= self._num_rows:
+            return
+        self._logged = now
+        rate = self._done / (now - self._started)
         _LOGGER.info(
             "%s: %.0f %% of %s rows, %s rows/s, about %s to go",
             self._title,
             100 * self._done / self._num_rows,
             f"{self._num_rows:,}",
             f"{rate:,.0f}",
-            _spoken(left),
+            _spoken((self._num_rows - self._done) / rate),
         )
 
     def end(self) -> None:
@@ -148,9 +140,18 @@ class LogProgress:
 @contextmanager
 def over(progress: Progress, title: str, num_rows: int, num_leaves: int) -> Iterator[OnLeaves]:
     """Show `progress` of something over so many rows; by calls with the leaves that are done."""
+    leaves_done, lock = 0, threading.Lock()
+
+    def advance(more: int) -> None:  # from several threads; in whole rows, and all of them
+        nonlocal leaves_done
+        with lock:
+            before = num_rows * leaves_done // num_leaves
+            leaves_done += more
+            progress.advance(num_rows * leaves_done // num_leaves - before)
+
     progress.begin(title, num_rows)
     try:
-        yield lambda done: progress.advance(done * num_rows / num_leaves)
+        yield advance
     finally:
         progress.end()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nlsq_dask._typing import ModelFunction
@@ -22,6 +22,12 @@ from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import Spool
 from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.origin import (
+    Origin,
+    describe_store,
+    origin_of_dataset,
+    origin_of_source,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,11 +47,11 @@ DatasetLike: TypeAlias = "xr.Dataset | str | os.PathLike[str] | ZarrStore | Sour
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelledRows:
-    """Rows, the model of them, and how times among their variables became numbers."""
+    """Rows, the model of them, and where they came from."""
 
     source: Source
     model: Model
-    time_axes: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin
     num_clusters: int = 0
     is_temporary: bool = False  # gone after the fit, so that nothing can be read again
 
@@ -79,13 +85,18 @@ def resolve_dataset(
         raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
     given = _open(ds, storage_options)
     if _is_dataset(given):
-        from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source, known_names
+        from nlsq_dask.sources.xarray import (
+            DatasetRoles,
+            build_dataset_source,
+            known_names,
+            pick_y,
+        )
 
         model = build_model(function, known_names(given), x, claimed, jac)
         roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
         source, axes, num_clusters = build_dataset_source(given, roles, time_units)
-        units = {name: axis.units for name, axis in axes.items()}
-        return ModelledRows(source=source, model=model, time_axes=units, num_clusters=num_clusters)
+        origin = origin_of_dataset(given, pick_y(given, roles), axes, vars(roles), _described(ds))
+        return ModelledRows(source=source, model=model, origin=origin, num_clusters=num_clusters)
     if isinstance(given, Source):
         require_absent(
             "a Source, which has its own",
@@ -98,7 +109,7 @@ def resolve_dataset(
         model = build_model(
             function, given.variables, given.variables if x is None else x, claimed, jac
         )
-        return ModelledRows(source=given, model=model)
+        return ModelledRows(source=given, model=model, origin=origin_of_source(given))
     raise TypeError(
         "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
         f"got {type(given).__name__}"
@@ -114,6 +125,7 @@ def resolve_arrays(
     stack_axis: int | None,
     jac: ModelFunction | None = None,
     is_temporary: bool = False,
+    description: str = "",
 ) -> ModelledRows:
     """SciPy's reading of a signature: the first argument is `x`, the rest are parameters.
 
@@ -129,6 +141,8 @@ def resolve_arrays(
     jac : callable, optional
     is_temporary : bool
         Whether the rows are gone after the fit.
+    description : str
+        Of the data, for the result.
     """
     function = unwrap_jit(function)
     names, has_varargs, defaults = parameter_names(function)
@@ -148,7 +162,12 @@ def resolve_arrays(
         jac=require_jac(jac),
         stack_axis=stack_axis,
     )
-    return ModelledRows(source=source, model=model, is_temporary=is_temporary)
+    return ModelledRows(
+        source=source,
+        model=model,
+        origin=origin_of_source(source, description),
+        is_temporary=is_temporary,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +198,7 @@ class GivenModel:
         if x_data is None and y_data is None and _is_row_store(ds, self.function):
             from nlsq_dask.sources.xarray import build_stored_source
 
-            return self._of_arrays(*build_stored_source(ds, sigma))
+            return self._of_arrays(*build_stored_source(ds, sigma), description=_described(data))
         return resolve_dataset(
             ds,
             self.function,
@@ -193,7 +212,11 @@ class GivenModel:
         return self._of_arrays(*spool.source(), is_temporary=True)
 
     def _of_arrays(
-        self, source: GridSource, is_stacked: bool, is_temporary: bool = False
+        self,
+        source: GridSource,
+        is_stacked: bool,
+        is_temporary: bool = False,
+        description: str = "",
     ) -> ModelledRows:
         return resolve_arrays(
             source,
@@ -202,7 +225,13 @@ class GivenModel:
             bounds=self.bounds,
             stack_axis=-1 if is_stacked else None,
             is_temporary=is_temporary,
+            description=description,
         )
+
+
+def _described(ds: Any) -> str:
+    """The path or URL of a store; nothing of other data, which describe themselves."""
+    return describe_store(ds) if _is_store(ds) else ""
 
 
 def _open(ds: Any, storage_options: Mapping[str, Any] | None = None) -> Any:

@@ -37,7 +37,7 @@ class Recorder:
         return
 
     def begin(self, title, num_rows):
-        self.parts.append([title, num_rows, 0.0, False])
+        self.parts.append([title, num_rows, 0, False])
 
     def advance(self, num_rows):
         self.parts[-1][2] += num_rows
@@ -65,7 +65,7 @@ def check(recorder, result):
     assert titles == ["sample", *(f"pass {i}" for i in range(1, result.num_passes + 1))]
     for title, num_rows, done, is_over in recorder.parts:
         assert is_over
-        assert done == pytest.approx(num_rows), title
+        assert done == num_rows, title
         assert title == "sample" or num_rows == len(T)
     assert [r.num_passes for r in recorder.records if r.phase == 2] == [
         r.num_passes for r in result.history

@@ -26,7 +26,6 @@ import contextlib
 import hashlib
 import io
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -34,6 +33,7 @@ from typing import Any, BinaryIO, TypeAlias
 import h5py
 import numpy as np
 
+from nlsq_dask.atomic import sync_folder, temporary_beside
 from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
 
@@ -90,7 +90,7 @@ def require_writable(argument: str, path: Path) -> None:
             f"`{argument}` must name a new file or a checkpoint, got {str(path)!r}, which is "
             "something else and would be overwritten"
         )
-    trial = _temporary(path)
+    trial = temporary_beside(path)
     try:
         with open(trial, "xb"):
             pass
@@ -109,10 +109,6 @@ def _is_checkpoint(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-
-
 # -- out
 
 
@@ -126,7 +122,7 @@ def write_checkpoint(path: Path, sections: Mapping[str, Mapping[str, Leaf]]) -> 
     """
     image = _image(sections)
     header = _MAGIC + hashlib.sha256(memoryview(image)[_HEADER_BYTES:]).hexdigest().encode()
-    temporary = _temporary(path)
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             file.write(header.ljust(_HEADER_BYTES, b"\n"))
@@ -142,7 +138,7 @@ def write_checkpoint(path: Path, sections: Mapping[str, Mapping[str, Leaf]]) -> 
             "whole, and the fit can be resumed from it."
         )
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _image(sections: Mapping[str, Mapping[str, Leaf]]) -> bytes:
@@ -160,17 +156,6 @@ def _image(sections: Mapping[str, Mapping[str, Leaf]]) -> bytes:
 def _text(text: str) -> np.ndarray:
     encoded = text.encode()
     return np.array(encoded, h5py.string_dtype("utf-8", max(len(encoded), 1)))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last, where folders can be opened: not on Windows."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- in

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,7 @@ import numpy as np
 from nlsq_dask._typing import Bool, Float, Int
 from nlsq_dask.errors import CheckpointError
 
-__all__ = ["Leaf", "flatten", "unflatten"]
+__all__ = ["Leaf", "flatten", "read_fields", "unflatten"]
 
 _Value = TypeVar("_Value")
 
@@ -32,11 +32,15 @@ _SCALARS = {bool: np.bool_, int: np.int64, float: np.float64}
 _ARRAYS: dict[Any, Any] = {Bool: np.bool_, Int: np.int64, Float: np.float64}
 
 
-def flatten(value: Any) -> dict[str, Leaf]:
-    """Leaves by dotted name. Fields of the root must be of types that `unflatten` can read."""
+def flatten(value: Any, only: Collection[str] | None = None) -> dict[str, Leaf]:
+    """Leaves by dotted name. Fields of the root must be of types that `unflatten` can read.
+
+    `only` names the fields that are wanted; by default all.
+    """
     return {
         name: leaf
         for field, kind in _fields(type(value))
+        if only is None or field in only
         for name, leaf in _encode(field, kind, getattr(value, field))
     }
 
@@ -57,9 +61,22 @@ def unflatten(kind: type[_Value], leaves: Mapping[str, Leaf], lengths: Mapping[s
     CheckpointError
         If a leaf is missing, or of another type or shape than its annotation says.
     """
+    return kind(**read_fields(kind, leaves, lengths))
+
+
+def read_fields(
+    kind: type,
+    leaves: Mapping[str, Leaf],
+    lengths: Mapping[str, int],
+    only: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Some of its fields, by name; see `unflatten`."""
     reader = _Reader(leaves, dict(lengths))
-    value: _Value = kind(**{field: reader.read(field, hint) for field, hint in _fields(kind)})
-    return value
+    return {
+        field: reader.read(field, hint)
+        for field, hint in _fields(kind)
+        if only is None or field in only
+    }
 
 
 @functools.lru_cache(maxsize=64)

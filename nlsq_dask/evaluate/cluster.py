@@ -14,11 +14,13 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import cloudpickle
 import dask
 import distributed
 import numpy as np
 import psutil
 
+from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
@@ -26,7 +28,7 @@ from nlsq_dask.evaluate.blocks import DaskBlocks
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.shipping import pickle_problem
+from nlsq_dask.evaluate.reading import reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.evaluate.worker import (
     JAXLIB_VERSION,
@@ -34,7 +36,8 @@ from nlsq_dask.evaluate.worker import (
     ProcessSettings,
     compile_ahead,
     forget_home,
-    map_chunk,
+    map_blocks,
+    map_chunks,
     probe_worker,
     reduce_range,
     same_spec,
@@ -115,9 +118,14 @@ class ClusterEvaluator:
 
     def _send_problem(self) -> None:
         """Ship the problem once to each worker, as a task: a lost copy is made again."""
+        problem = self._blocks.cut_from(self._problem)
+        with contextlib.ExitStack() as by_value:
+            for own in (problem.model.function, problem.model.jac, type(problem.source)):
+                by_value.enter_context(pickled_by_value(own))
+            payload = cloudpickle.dumps(problem)
         self._spec = HomeSpec(
             token=self._token,
-            payload=pickle_problem(self._blocks.cut_from(self._problem)),
+            payload=payload,
             cache_bytes=self._cache_bytes,
             prefetch=self._config.prefetch,
             precision=self._config.precision,
@@ -161,6 +169,7 @@ class ClusterEvaluator:
         projection = MemoryProjection(
             base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
             leaf_bytes=self._problem.plan.leaf_bytes,
+            reading_bytes=reading_bytes(self._problem.source, self._problem.plan.leaf_bytes),
             kernel_bytes=self._compile_ahead(),
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes + kept // len(self._probes),
@@ -246,40 +255,55 @@ class ClusterEvaluator:
         """``[function(i, chunk_i), …]``, computed by the workers."""
         source = self._problem.source
         num_rows = round(source.num_rows * len(indices) / source.num_chunks)
+        groups = [[i] for i in indices] if self._blocks else self._by_owner(indices)
         with over(self._progress, "sample", num_rows, len(indices)) as on_leaves:
-            return self._gather(self._submit_map(function, indices), [1] * len(indices), on_leaves)
+            futures = self._submit_map(function, groups)
+            each = self._gather(futures, [len(group) for group in groups], on_leaves)
+        values = {
+            index: value
+            for group, mapped in zip(groups, each, strict=True)
+            for index, value in zip(group, mapped, strict=True)
+        }
+        return [values[index] for index in indices]
+
+    def _by_owner(self, indices: Sequence[int]) -> list[list[int]]:
+        """In groups of one owner each: within a task, chunks are read ahead."""
+        groups = []
+        for leaves in self._ownership.ranges:
+            wanted = [i for i in indices if i in leaves]
+            size = max(1, -(-len(wanted) // _TASKS_PER_THREAD))
+            groups += [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        return groups
 
     def _submit_map(
-        self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
+        self, function: Callable[[int, Chunk], _Value], groups: Sequence[Sequence[int]]
     ) -> list[Any]:
         label = f"nlsq-sample-{uuid.uuid4().hex[:8]}"
         if self._blocks:
             calls = [
-                dask.delayed(map_chunk, pure=False)(
+                dask.delayed(map_blocks, pure=False)(
                     self._home,
                     function,
-                    i,
-                    None,
-                    self._blocks.delayed_of(i),
-                    dask_key_name=f"{label}-{i}",
+                    index,
+                    self._blocks.delayed_of(index),
+                    dask_key_name=f"{label}-{index}",
                 )
-                for i in indices
+                for (index,) in groups
             ]
             futures: list[Any] = self._client.compute(calls, retries=self._retries)
             return futures
         owner_of = {i: owner for leaves, owner in self._owners().items() for i in leaves}
         return [
             self._submit(
-                map_chunk,
+                map_chunks,
                 self._home,
                 function,
-                i,
-                owner_of[i],
-                None,
-                key=f"{label}-{i}",
-                owner=owner_of[i],
+                group,
+                owner_of[group[0]],
+                key=f"{label}-{group[0]}",
+                owner=owner_of[group[0]],
             )
-            for i in indices
+            for group in groups
         ]
 
     # -- tasks

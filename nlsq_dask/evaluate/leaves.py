@@ -22,7 +22,14 @@ from nlsq_dask._typing import abstract
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.packed import Layout, PackedSums
-from nlsq_dask.evaluate.reading import Blocks, ChunkReader, Meter, accelerator, device_room
+from nlsq_dask.evaluate.reading import (
+    Blocks,
+    ChunkReader,
+    Meter,
+    accelerator,
+    count_ahead,
+    device_room,
+)
 from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
@@ -61,6 +68,7 @@ class ProblemHome:
             self.problem.source,
             cache_bytes=self.cache_bytes,
             prefetch=self.prefetch,
+            num_ahead=count_ahead(self.problem.source, self.problem.plan.leaf_bytes),
             device=device,
             device_bytes=0 if device is None else device_room(device),
         )

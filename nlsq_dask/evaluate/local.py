@@ -15,6 +15,7 @@ import psutil
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.reading import reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
@@ -114,7 +115,8 @@ class LocalEvaluator:
                 on_leaf(1)
                 return value
 
-            threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="nlsq-map")
+            num_threads = max(self._num_threads, self._home.reader.num_threads)
+            threads = ThreadPoolExecutor(num_threads, thread_name_prefix="nlsq-map")
             try:
                 return list(threads.map(apply, indices))
             finally:  # after an error or an interrupt, no further chunk is begun
@@ -129,6 +131,7 @@ class LocalEvaluator:
         projection = MemoryProjection(
             base_bytes=psutil.Process().memory_info().rss,
             leaf_bytes=self.problem.plan.leaf_bytes,
+            reading_bytes=reading_bytes(self.problem.source, self.problem.plan.leaf_bytes),
             kernel_bytes=needed,
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from nlsq_dask._typing import Array, Float
-from nlsq_dask._version import __version__
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Account, Evaluator
 from nlsq_dask.normal_equations import ScoreSums
@@ -27,16 +26,21 @@ from nlsq_dask.results.covariance import (
     small_sample_factor,
 )
 from nlsq_dask.results.diagnostics import check_fit, describe_bins
+from nlsq_dask.results.provenance import package_versions, trace_provenance
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.truncated_newton import NewtonState
 from nlsq_dask.solvers.trust_region import State
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.columns import transports_of
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.origin import Origin
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
 from nlsq_dask.warmup.search import Warmup
 
-__all__ = ["Course", "Gate", "ScoresPass", "build_result"]
+__all__ = ["Course", "Gate", "ScoresPass", "build_result", "with_origin"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,9 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
     texts = [*_warnings(course, state, covariance.rank), *warned]
     return FitResult(
         popt=space.expand(state.params),
+        p0=space.p0,
+        lower=space.lower,
+        upper=space.upper,
         pcov=covariance.matrix,
         param_names=space.labels,
         shapes=dict(zip(space.names, space.shapes, strict=True)),
@@ -114,7 +121,7 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
         optimality=state.optimality,
         distance=float(state.remaining_distance),
         condition_number=covariance.condition_number,
-        rank=covariance.rank,
+        rank=float(covariance.rank),
         active=active,
         absolute_sigma=problem.absolute_sigma,
         loss=problem.loss,
@@ -128,6 +135,25 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
             "notes": worries,
         },
         session=session,
+    )
+
+
+def with_origin(
+    result: FitResult, problem: Problem, origin: Origin, nan_policy: str, started: datetime
+) -> FitResult:
+    """The result with its provenance, and a session that has the data as they were given."""
+    record = origin.record
+    result.diagnostics["time_axes"] = {
+        variable.name: variable.time_units
+        for variable in record.x
+        if variable.time_units is not None
+    }
+    session = result.session
+    return replace(
+        result,
+        model=problem.model,
+        provenance=trace_provenance(problem, record, nan_policy=nan_policy, started=started),
+        session=None if session is None else replace(session, origin=origin),
     )
 
 
@@ -196,6 +222,7 @@ def _diagnostics(
     problem = course.problem
     return {
         "evaluator": course.evaluator.description,
+        "transports": _transports(problem.source),
         "plan": asdict(problem.plan),
         "memory": dict(course.memory),
         "sample": _describe_sample(course),
@@ -215,11 +242,12 @@ def _diagnostics(
         "checkpoint": dict(course.checkpoint),
         "passes": _describe_passes(course),
         "config": course.config.as_dict(),
-        "versions": {
-            "nlsq_dask": __version__,
-            "jaxlib": importlib.metadata.version("jaxlib"),
-        },
+        "versions": dict(package_versions()),
     }
+
+
+def _transports(source: Source) -> list[str]:
+    return transports_of(source.columns.values()) if isinstance(source, GridSource) else []
 
 
 def _details(course: Course, state: State | NewtonState) -> str:

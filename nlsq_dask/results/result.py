@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import warnings
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import scipy
 
-from nlsq_dask._typing import Float, Shape, Vector
-from nlsq_dask.errors import CovarianceError, SessionError
-from nlsq_dask.results.profile import EndPoint, Minimum, profile_ends
+from nlsq_dask._typing import Float, ModelFunction
+from nlsq_dask.results.intervals import confidence_interval
+from nlsq_dask.results.labelled import to_dataset
+from nlsq_dask.results.outcome import Outcome
+from nlsq_dask.results.prediction import attached_model, predict, prediction_band, residuals
 from nlsq_dask.results.residuals import Residuals
-from nlsq_dask.results.session import Session
+from nlsq_dask.results.saving import load, save
 from nlsq_dask.results.streaming import streaming_diagnostics
-from nlsq_dask.status import Status
-from nlsq_dask.telemetry import IterationRecord
+from nlsq_dask.results.summary import summarise
 
 if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = ["FitResult"]
 
-_MAX_TABLE_ROWS = 100
 _MAX_REPR_VALUES = 20
 
 # What NLSQ's results answer to, and the attribute that is meant.
@@ -41,8 +39,8 @@ _NLSQ_KEYS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FitResult(Mapping[str, Any]):
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FitResult(Outcome, Mapping[str, Any]):
     """Parameters, their uncertainty, and how the fit came to them.
 
     A mapping too: ``result["rate"]`` is a parameter, by the name that the model gives it and
@@ -54,6 +52,8 @@ class FitResult(Mapping[str, Any]):
     ----------
     popt : (n,)
         All parameters, fixed ones included, in the model's order.
+    p0, lower, upper : (n,)
+        Where they started, and their bounds.
     pcov : (n, n) or None
         Their covariance; zero rows for fixed parameters, infinite variance for those that the
         data do not determine. None from `cg_param_threshold` free parameters on, where nothing
@@ -88,104 +88,17 @@ class FitResult(Mapping[str, Any]):
         One for each pass.
     diagnostics : dict
         The sample, the optima that competed, the plan, memory, timings, versions.
+    provenance : Provenance
+        Model, data, units, ties, priors, times: what the fit was of, in words.
+    model : Model, optional
+        For predictions. Like `session` it is neither pickled nor saved: `with_model` attaches it.
     session : Session, optional
-        The way back to the rows, for what takes more passes. It is not pickled: a result from a
-        file or another process has None.
+        The way back to the rows, for what takes more passes: a result from a file or another
+        process has None.
     """
-
-    popt: Float[np.ndarray, " n"]
-    pcov: Float[np.ndarray, "n n"] | None
-    param_names: tuple[str, ...]
-    shapes: dict[str, Shape]
-    is_free: np.ndarray
-    is_tied: np.ndarray
-    status: Status
-    details: str
-    cost: float
-    penalty_cost: float
-    num_rows: int
-    num_masked: int
-    total_sum_of_squares: float
-    num_passes: int
-    bytes_read: int
-    optimality: float
-    distance: float
-    condition_number: float
-    rank: float
-    active: np.ndarray
-    absolute_sigma: bool
-    loss: str
-    f_scale: float
-    covariance_kind: str
-    history: tuple[IterationRecord, ...] = field(repr=False)
-    diagnostics: dict[str, Any] = field(repr=False)
-    session: Session | None = field(default=None, repr=False, compare=False)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__  # a mapping's would compare arrays
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "session": None}
-
-    def require_session(self, purpose: str) -> Session:
-        """The session, or an error that says how to get one."""
-        if self.session is None:
-            raise SessionError(
-                f"{purpose} must read the data again, and this result came from a file or another "
-                "process; fit the same data with p0=result.popt in this process first"
-            )
-        return self.session
-
-    @property
-    def fun(self) -> Residuals | None:
-        """``y - model`` over all rows, computed when asked for: an array to NumPy.
-
-        None where the data cannot be read again: the result was pickled, or its batches are gone.
-        """
-        if self.session is None:
-            return None
-        return Residuals(problem=self.session.problem, params=self.popt)
-
-    # -- parameters
-
-    @property
-    def perr(self) -> Float[np.ndarray, " n"] | None:
-        """Standard errors; None where there is no `pcov`."""
-        return None if self.pcov is None else np.sqrt(np.diag(self.pcov))
-
-    def _require_covariance(self, purpose: str) -> tuple[Vector, Vector]:
-        """`pcov` and `perr`, or an error that says why there are none."""
-        if self.pcov is None:
-            raise CovarianceError(
-                f"{purpose} needs a covariance, and none was formed for the "
-                f"{int(self.is_free.sum()):,} free parameters; raise `cg_param_threshold` above "
-                "that where a matrix of their number squared fits in memory"
-            )
-        return self.pcov, np.sqrt(np.diag(self.pcov))
-
-    @property
-    def params(self) -> xr.DataArray:
-        """`popt` by name: ``result.params.sel(param="rate")``."""
-        import xarray as xr
-
-        return xr.DataArray(self.popt, coords={"param": list(self.param_names)}, name="params")
-
-    @property
-    def covariance(self) -> xr.DataArray:
-        """`pcov` by name, along ``cov_i`` and ``cov_j``."""
-        names = list(self.param_names)
-        pcov, _ = self._require_covariance("`covariance`")
-        import xarray as xr
-
-        return xr.DataArray(pcov, coords={"cov_i": names, "cov_j": names}, name="covariance")
-
-    @property
-    def correlation(self) -> xr.DataArray:
-        """Correlations of the estimates; NaN where a standard error is zero or infinite."""
-        pcov, errors = self._require_covariance("`correlation`")
-        usable = np.isfinite(errors) & (errors > 0)
-        scale = np.where(usable, errors, np.nan)
-        return self.covariance.copy(data=pcov / np.outer(scale, scale)).rename("correlation")
 
     # -- as a mapping
 
@@ -220,51 +133,15 @@ class FitResult(Mapping[str, Any]):
         """The course of the fit in NLSQ's words: timings and iterations by phase."""
         return streaming_diagnostics(self.diagnostics, self.history)
 
-    # -- how good
-
     @property
-    def success(self) -> bool:
-        """Whether a convergence test was met."""
-        return self.status.is_success
+    def fun(self) -> Residuals | None:
+        """``y - model`` over all rows, computed when asked for: an array to NumPy.
 
-    @property
-    def message(self) -> str:
-        """Why the fit stopped, with the numbers."""
-        return f"{self.status.value} {self.details}".strip()
-
-    @property
-    def dof(self) -> int:
-        """Rows less free parameters."""
-        return self.num_rows - int(self.is_free.sum())
-
-    @property
-    def chi2(self) -> float:
-        """``Σ r²``; for a robust loss ``Σ s² ρ((r / s)²)``."""
-        return 2 * (self.cost - self.penalty_cost)
-
-    @property
-    def reduced_chi2(self) -> float:
-        return self.chi2 / self.dof if self.dof > 0 else np.nan
-
-    @property
-    def r_squared(self) -> float:
-        """``1 - Σ r² / Σ w (y - ȳ)²``; NaN where all `y` are equal."""
-        total = self.total_sum_of_squares
-        return 1 - self.chi2 / total if total > 0 else np.nan
-
-    @property
-    def aic(self) -> float:
-        """Akaike's criterion, ``m ln(chi2 / m) + 2 k``."""
-        return self._log_likelihood_term() + 2 * int(self.is_free.sum())
-
-    @property
-    def bic(self) -> float:
-        """The Bayesian criterion, ``m ln(chi2 / m) + k ln(m)``."""
-        return self._log_likelihood_term() + int(self.is_free.sum()) * math.log(self.num_rows)
-
-    def _log_likelihood_term(self) -> float:
-        chi2 = self.chi2
-        return self.num_rows * math.log(chi2 / self.num_rows) if chi2 > 0 else -math.inf
+        None where the data cannot be read again: the result was pickled, or its batches are gone.
+        """
+        if self.session is None:
+            return None
+        return Residuals(problem=self.session.problem, params=self.popt)
 
     # -- how sure
 
@@ -321,154 +198,174 @@ class FitResult(Mapping[str, Any]):
         Venzon & Moolgavkar (1988), A method for computing profile-likelihood-based confidence
         intervals, Applied Statistics 37, 87-94.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"`level` must be between 0 and 1, got {level!r}")
-        if method not in ("asymptotic", "profile"):
-            raise ValueError(f"`method` must be 'asymptotic' or 'profile', got {method!r}")
-        chosen = self._positions(params)
-        tail = 0.5 * (1 + level)
-        if self.absolute_sigma:
-            width = float(scipy.special.ndtri(tail))
-        else:
-            width = float(scipy.special.stdtrit(self.dof, tail)) if self.dof > 0 else np.inf
-        if method == "profile":
-            return self._profile_interval(chosen, width)
-        errors = self._require_covariance("`confidence_interval`")[1][chosen]
-        reach = np.where(errors > 0, errors, 0.0) * (width if np.isfinite(width) else 1.0)
-        center = self.popt[chosen]
-        return self._interval(chosen, np.stack([center - reach, center + reach], axis=-1))
+        return confidence_interval(self, level, method, params)
 
-    def _profile_interval(self, chosen: Sequence[int], width: float) -> xr.DataArray:
-        session = self.require_session("A profile")
-        if self.loss != "linear":
-            raise ValueError(
-                "method='profile' must go with loss='linear': the cost of a robust loss is no "
-                f"likelihood to hold a threshold against, got loss={self.loss!r}"
-            )
-        pcov, perr = self._require_covariance("A profile")
-        free = np.ix_(self.is_free, self.is_free)
-        if not np.isfinite(pcov[free]).all():
-            raise ValueError(
-                "method='profile' must have every free parameter determined by the data, got the "
-                f"standard errors {perr}; fix or remove parameters"
-            )
-        # Fixed and tied parameters have no profile, and none has where the model fits exactly.
-        searched = [i for i in chosen if perr[i] > 0 and self.is_free[i]]
-        minimum = Minimum(
-            params=self.popt[self.is_free],
-            covariance=pcov[free],
-            variance=1.0 if self.absolute_sigma else self.reduced_chi2,
-            cost=self.cost,
-            num_rows=self.num_rows,
-        )
-        places = [int(self.is_free[:i].sum()) for i in searched]
-        found = dict(zip(searched, profile_ends(session, minimum, places, width), strict=True))
-        for i, pair in found.items():
-            self._warn_of_no_end(i, pair)
-        interval = self._interval(
-            chosen,
-            np.array(
-                [
-                    [end.value for end in found[i]] if i in found else [self._held_value(i)] * 2
-                    for i in chosen
-                ]
-            ),
-        )
-        held = {i: "TIED" if self.is_tied[i] else "FIXED" for i in chosen}
-        status = [
-            [end.status.name for end in found[i]] if i in found else [held[i]] * 2 for i in chosen
-        ]
-        num_passes = 1 + sum(end.num_passes for pair in found.values() for end in pair)
-        return interval.assign_coords(status=(("param", "side"), status)).assign_attrs(
-            num_passes=num_passes
-        )
+    # -- predictions
 
-    def _held_value(self, index: int) -> float:
-        """Both ends of the interval of a parameter that no profile goes along."""
-        return np.nan if self.is_tied[index] else float(self.popt[index])
+    def with_model(self, model: ModelFunction) -> Self:
+        """The result with its model again, which files and pickles do not have.
 
-    def _warn_of_no_end(self, index: int, pair: tuple[EndPoint, EndPoint]) -> None:
-        for side, end in zip(("lower", "upper"), pair, strict=True):
-            if not np.isfinite(end.value):
-                warnings.warn(
-                    f"{side} end for {self.param_names[index]!r}: {end.status.value}"
-                    f" (last at {end.params})",
-                    scipy.optimize.OptimizeWarning,
-                    stacklevel=4,
-                )
+        Raises
+        ------
+        ModelError
+            If the function's arguments are not those that were fitted.
+        """
+        return replace(self, model=attached_model(self, model))
 
-    def _positions(self, params: str | Sequence[str] | None) -> list[int]:
-        """Places in `popt` of the parameters named."""
-        if params is None:
-            return list(range(len(self.popt)))
-        places = []
-        for name in [params] if isinstance(params, str) else params:
-            labels = enumerate(self.param_names)
-            found = [i for i, label in labels if name in (label, label.partition("[")[0])]
-            if not found:
-                raise ValueError(f"`params` must be among {list(self.param_names)}, got {name!r}")
-            places += found
-        return places
+    def predict(self, ds: Any = None) -> xr.DataArray:
+        """The model at the parameters found, lazily: computed by Dask, block by block.
 
-    def _interval(self, chosen: Sequence[int], ends: Float[np.ndarray, "p 2"]) -> xr.DataArray:
-        names = [self.param_names[i] for i in chosen]
-        import xarray as xr
+        Parameters
+        ----------
+        ds : xarray.Dataset, str, path or array, optional
+            Where: a dataset that has the model's variables, under the names that they had in the
+            fit, or the path or URL of a store that has. By default the data that were fitted.
+            After a fit of arrays, also `x` as it was given there.
 
-        return xr.DataArray(
-            ends,
-            coords={"param": names, "side": ["lower", "upper"]},
-            name="confidence_interval",
-        )
+        Returns
+        -------
+        xarray.DataArray
+            float64, of Dask blocks: on the cluster where there is a client, otherwise in threads.
+            Where `ds` has what was fitted, a value for each of its elements, in the same chunks;
+            otherwise over the dimensions of the variables. It has the coordinates of `ds` and the
+            units of what was fitted. Also rows that the fit left out have a value.
+
+        Raises
+        ------
+        SessionError
+            If the data are not at hand: the result came from a file, or they were batches.
+        ModelError
+            If the model is not at hand.
+        ValueError
+            If `ds` lacks a variable, or it is of times where the fit had numbers.
+
+        Notes
+        -----
+        Variables broadcast by dimension name within a block. Times become numbers by the origin
+        and the unit of the fit. ``result.predict(ds).to_zarr(path)`` is written by the workers.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp, numpy as np, xarray as xr
+        >>> from nlsq_dask import fit_dataset
+        >>> t = np.linspace(0.0, 10.0, 1000)
+        >>> ds = xr.Dataset({"flux": ("t", 2.0 * np.exp(-0.5 * t))}, coords={"t": t})
+        >>> def decay(t, amplitude, rate):
+        ...     return amplitude * jnp.exp(-rate * t)
+        >>> result = fit_dataset(ds, decay)
+        >>> later = xr.Dataset(coords={"t": [20.0, 30.0]})
+        >>> bool(np.allclose(result.predict(later), 2.0 * np.exp([-10.0, -15.0])))
+        True
+        """
+        return predict(self, ds)
+
+    def residuals(self, ds: Any = None) -> xr.DataArray:
+        """``y - model``, unweighted and lazy: as `predict`, for a `ds` that has what was fitted.
+
+        Rows that the fit left out have a residual too, NaN only where `y` or a variable is NaN.
+        """
+        return residuals(self, ds)
+
+    def prediction_band(self, ds: Any = None, level: float = 0.95) -> xr.Dataset:
+        """How sure the model's value is, point by point and lazily.
+
+        Parameters
+        ----------
+        ds
+            As in `predict`.
+        level : float
+            Coverage at each point by itself, not of all of them together.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``prediction``, its ``standard_error``, and ``lower`` and ``upper``, which are
+            ``prediction ± t standard_error`` with `confidence_interval`'s `t`. The error is
+            infinite where the model depends on a parameter that the data do not determine.
+
+        Raises
+        ------
+        CovarianceError
+            If no covariance was formed.
+        SessionError, ModelError, ValueError
+            As `predict`; if `level` is not between 0 and 1.
+
+        Notes
+        -----
+        By the delta method: variance ``g pcov gᵀ`` with `g` the model's gradient by the
+        parameters. This is the band of the model's mean, which lmfit calls ``eval_uncertainty``
+        and Origin a confidence band. A new observation scatters about it with its own variance,
+        ``reduced_chi2 * sigma**2``, to be added to the square of the standard error.
+        """
+        return prediction_band(self, ds, level)
+
+    # -- to keep
+
+    def to_dataset(self) -> xr.Dataset:
+        """Everything as labelled data: parameters, covariance, statistics, history, provenance.
+
+        Returns
+        -------
+        xarray.Dataset
+            Along ``param`` (elements of array parameters by themselves): ``params``,
+            ``standard_errors``, ``p0``, ``lower``, ``upper``, ``is_free``, ``is_tied``,
+            ``active``; a coordinate ``units``, empty where not known. Along ``cov_i`` and
+            ``cov_j``: ``covariance`` and ``correlation``, left out where there is no `pcov`.
+            Along ``trial``: ``history_…``, of each `IterationRecord`. The statistics are
+            scalars. Attributes say what was fitted, how, when and by which versions; the
+            one called ``record`` is JSON and all the rest of the result.
+        """
+        return to_dataset(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dataset` to a netCDF4 file or a Zarr store, from which `load` makes it again.
+
+        Parameters
+        ----------
+        path : str or path
+            Local; ``.nc`` and ``.h5`` are written by h5netcdf, ``.zarr`` is a folder. A result
+            that is there already is replaced in one step, anything else is left alone.
+
+        Raises
+        ------
+        ResultFileError
+            If `path` has another suffix, is a URL, or holds something else.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: ModelFunction | None = None) -> Self:
+        """The result that was saved, to the last bit, without its session.
+
+        A file is data: nothing in it is executed, whoever wrote it.
+
+        Parameters
+        ----------
+        path : str or path
+        model : callable, optional
+            The function that was fitted, for predictions.
+
+        Raises
+        ------
+        FileNotFoundError
+            If nothing is there.
+        ResultFileError
+            If it is not a saved result, damaged, or of another version of the format.
+        ModelError
+            If the arguments of `model` are not those that were fitted.
+        """
+        result = cls(**load(path))
+        return result if model is None else result.with_model(model)
 
     # -- text
 
     def summary(self) -> str:
-        """A report in plain text."""
-        lines = [
-            self.message if self.success else f"NOT CONVERGED. {self.message}",
-            "",
-            *self._facts(),
-            "",
-            *self._table(),
-        ]
-        warnings = self.diagnostics.get("warnings", ())
-        if warnings:
-            lines += ["", *(f"Warning: {text}" for text in warnings)]
-        notes = self.diagnostics.get("notes", ())
-        if notes:
-            lines += ["", *(f"Note: {text}." for text in notes)]
-        return "\n".join(lines)
+        """A report in plain text, in the layout of lmfit's ``fit_report``.
 
-    def _facts(self) -> list[str]:
-        facts = {
-            "rows": f"{self.num_rows:,} ({self.num_masked:,} left out)",
-            "passes over the data": f"{self.num_passes}",
-            "read": f"{self.bytes_read / 1e6:,.1f} MB",
-            "chi-square, reduced": f"{self.chi2:.6g}, {self.reduced_chi2:.6g}",
-            "R-squared": f"{self.r_squared:.6g}",
-            "condition number": f"{self.condition_number:.3g}",
-            "where": str(self.diagnostics.get("evaluator", "")),
-        }
-        seconds = self.diagnostics.get("seconds", {})
-        if seconds:
-            compiling = f", {seconds['compiling']:.1f} s of them compiling here"
-            facts["time"] = f"{seconds['total']:.1f} s{compiling}"
-        return [f"  {name:<22}{value}" for name, value in facts.items()]
-
-    def _table(self) -> list[str]:
-        names = self.param_names[:_MAX_TABLE_ROWS]
-        width = max(9, *(len(name) for name in names))
-        rows = [f"  {'parameter':<{width}}  {'value':>16}  {'std. error':>12}"]
-        errors = np.full(len(self.popt), np.nan) if self.perr is None else self.perr
-        columns = (self.popt, errors, self.is_free, self.is_tied, self.active)
-        for name, value, error, free, tied, held in zip(names, *columns, strict=False):
-            note = "  (at bound)" if held else "  (tied)" if tied else ""
-            note = note if free or tied else "  (fixed)"
-            spread = f"{error:12.4g}" if (free or tied) and self.perr is not None else ""
-            rows.append(f"  {name:<{width}}  {value:16.9g}  {spread:>12}{note}")
-        if len(self.popt) > len(names):
-            rows.append(f"  and {len(self.popt) - len(names):,} more, in `popt`")
-        return rows
+        First why the fit stopped; then model, statistics, parameters (value, standard error, start,
+        bounds, units) and correlations; last what a reader should be warned of.
+        """
+        return summarise(self)
 
     def __repr__(self) -> str:
         pairs = list(zip(self.param_names, self.popt, strict=True))

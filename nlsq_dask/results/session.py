@@ -14,6 +14,7 @@ from nlsq_dask.evaluate.base import Evaluator, Request
 from nlsq_dask.objective.penalised import evaluation_of
 from nlsq_dask.problem import Problem
 from nlsq_dask.solvers.trust_region import Evaluation
+from nlsq_dask.sources.origin import Origin
 from nlsq_dask.terms import RowTerms
 
 __all__ = ["Session"]
@@ -31,6 +32,7 @@ class Session:
     config: HybridStreamingConfig
     open_evaluator: Callable[[], Evaluator]
     terms: RowTerms
+    origin: Origin | None = None  # the data as they were given
 
     @contextmanager
     def evaluator(self) -> Iterator[Evaluator]:

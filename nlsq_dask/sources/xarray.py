@@ -15,6 +15,7 @@ from nlsq_dask.sources.columns import (
     LazyColumn,
     MemoryColumn,
     TimeAxis,
+    TimeColumn,
     build_time_column,
 )
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
@@ -26,7 +27,10 @@ __all__ = [
     "build_dataset_source",
     "build_stored_source",
     "column_of",
+    "dataset_of",
+    "dimension_or_variable",
     "known_names",
+    "pick_y",
 ]
 
 NameOrArray = str | xr.DataArray
@@ -61,12 +65,12 @@ def build_dataset_source(
     DataError
         If there are no rows.
     """
-    y_array = _pick_y(ds, roles)
+    y_array = pick_y(ds, roles)
     y = _numeric("y", y_array)
     variables: list[Column] = []
     axes: dict[str, TimeAxis] = {}
     for name in roles.x:
-        array = _dimension_or_variable(ds, name)
+        array = dimension_or_variable(ds, name)
         column = column_of(name, array.variable)
         if column.dtype.kind in "mMO":
             column = build_time_column(name, column, time_units)
@@ -146,11 +150,28 @@ def column_of(name: str, variable: xr.Variable) -> Column:
     return LazyColumn(variable=variable)
 
 
-def _pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
+def dataset_of(source: GridSource) -> xr.Dataset:
+    """The variables and `y` of rows that came from no dataset, as lazy as they are."""
+    columns = {**dict(zip(source.variables, source.x, strict=True)), "y": source.y}
+    return xr.Dataset({name: _variable_of(column) for name, column in columns.items()})
+
+
+def _variable_of(column: Column) -> xr.Variable:
+    if isinstance(column, TimeColumn):
+        return _variable_of(column.column)
+    if isinstance(column, LazyColumn):
+        return column.variable
+    if isinstance(column, DaskColumn):
+        return xr.Variable(column.dims, column.array)
+    return xr.Variable(column.dims, column.read(tuple(map(slice, column.shape))))
+
+
+def pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
+    """What is fitted: as it was given, or the only data variable that it can be."""
     if roles.y is not None:
         return _resolve(ds, "y", roles.y)
     taken = {*roles.x, *(r for r in (roles.sigma, roles.where) if isinstance(r, str))}
-    needed = {dim for name in roles.x for dim in _dimension_or_variable(ds, name).dims}
+    needed = {dim for name in roles.x for dim in dimension_or_variable(ds, name).dims}
     left = [
         str(name)
         for name, array in ds.data_vars.items()
@@ -198,7 +219,7 @@ def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray) -> xr.DataArray:
     return ds[given]
 
 
-def _dimension_or_variable(ds: xr.Dataset, name: str) -> xr.DataArray:
+def dimension_or_variable(ds: xr.Dataset, name: str) -> xr.DataArray:
     """A variable, or the positions along a dimension that has no coordinate."""
     if name in ds.variables:
         return ds[name]

@@ -1,4 +1,4 @@
-"""A problem on its way to the workers: what they cannot import travels by value."""
+"""Functions that travel to other processes by value, whole modules of the user's included."""
 
 from __future__ import annotations
 
@@ -12,21 +12,10 @@ from typing import Any
 
 import cloudpickle
 
-from nlsq_dask.problem import Problem
+__all__ = ["pickled_by_value"]
 
-__all__ = ["pickle_problem"]
-
-_PACKAGE_FOLDER = Path(__file__).parents[1]
+_PACKAGE_FOLDER = Path(__file__).parent
 _INSTALLED = ("stdlib", "purelib", "platlib")
-
-
-def pickle_problem(problem: Problem) -> bytes:
-    """The problem, with the modules that its functions and its source come from if need be."""
-    with contextlib.ExitStack() as by_value:
-        for own in (problem.model.function, problem.model.jac, type(problem.source)):
-            by_value.enter_context(_by_value(own))
-        payload: bytes = cloudpickle.dumps(problem)
-    return payload
 
 
 def _is_users_own(module: ModuleType) -> bool:
@@ -42,7 +31,7 @@ def _is_users_own(module: ModuleType) -> bool:
 
 
 @contextlib.contextmanager
-def _by_value(function: Any) -> Iterator[None]:
+def pickled_by_value(function: Any) -> Iterator[None]:
     """Pickle a function by value even where its module could be imported here.
 
     The user's own modules are not on the workers; installed packages are, and go by name.

@@ -1,0 +1,31 @@
+"""Files and folders that are replaced in one step: whoever looks sees the old or the new."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+__all__ = ["sync_file", "sync_folder", "temporary_beside"]
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name in the same folder, from where a rename is one step."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def sync_file(path: Path) -> None:
+    """Have what was written on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name last, where folders can be opened: not on Windows."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
