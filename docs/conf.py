@@ -29,6 +29,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+smartquotes = False  # "--" of the command line is not a dash
 nitpicky = True  # a link within the site that leads nowhere fails the build
 is_published = os.environ.get("DOCS_PUBLISH") == "1"  # needs a network, and takes longer
 
@@ -40,6 +41,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds, for a cell
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables that cells make
 # Each page is a process of its own, and they fit the same few models: what one has compiled,
 # the next reads back.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="nlsq-dask-docs-"))

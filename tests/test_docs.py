@@ -58,7 +58,7 @@ def documented() -> list[Any]:
     """What the reference has entries for, as objects: a name may be imported from two places."""
     found = []
     for page in sorted((DOCS / "reference").glob("*.md")):
-        pattern = r"^\.\. auto(?:function|class|exception|data):: (\S+)\.(\w+)$"
+        pattern = r"^\.\. auto(?:function|class|exception|data):: (\S+)\.(\w+)(?:\(.*\))?$"
         for module, name in re.findall(pattern, page.read_text(), re.MULTILINE):
             found.append(getattr(importlib.import_module(module), name))
     return found
