@@ -1,12 +1,16 @@
 """Out-of-core nonlinear least squares on JAX and Dask.
 
 One parameter vector, fitted to a whole chunked archive: `fit_dataset` for xarray datasets, Zarr
-and HDF5 stores; `curve_fit` with SciPy's contract for arrays.
+and HDF5 stores; `curve_fit` with SciPy's contract for arrays. xarray's objects have them as
+``ds.nlsq.fit``.
 """
+
+import wrapt
 
 from nlsq_dask._version import __version__
 from nlsq_dask.api import curve_fit, fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.base import Chunk, Source
@@ -22,6 +26,7 @@ __all__ = [
     "AdaptiveHybridStreamingOptimizer",
     "Chunk",
     "DefenseLayerTelemetry",
+    "FitInterrupted",
     "FitResult",
     "HybridStreamingConfig",
     "IterationRecord",
@@ -33,3 +38,6 @@ __all__ = [
     "get_defense_telemetry",
     "reset_defense_telemetry",
 ]
+
+# As soon as xarray is there: loading it takes as long as all of this package.
+wrapt.register_post_import_hook("nlsq_dask.accessor:register", "xarray")

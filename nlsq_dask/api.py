@@ -27,6 +27,7 @@ from nlsq_dask.parameters.space import (
     claimed_names,
 )
 from nlsq_dask.phases import NanPolicy
+from nlsq_dask.progress import require_progress
 from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
@@ -63,6 +64,7 @@ def fit_dataset(
     client: Any = None,
     config: HybridStreamingConfig | None = None,
     callback: Callback | None = None,
+    progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> FitResult:
@@ -74,8 +76,8 @@ def fit_dataset(
     Parameters
     ----------
     ds : xarray.Dataset, str, path, zarr store or Source
-        The data: a dataset (in memory, lazily opened or of Dask arrays), the path or URL of a
-        Zarr or HDF5/netCDF4 store, or any `Source`.
+        The data: a dataset (in memory, lazily opened or of Dask arrays), the path of a Zarr or
+        HDF5/netCDF4 store, the URL of a Zarr store, or any `Source`.
     model : callable
         ``model(x1, …, p1, p2, …)``, elementwise and traceable by JAX. Arguments that name a
         variable, coordinate or dimension of `ds` are independent variables and come first;
@@ -133,11 +135,17 @@ def fit_dataset(
         Called with an `IterationRecord` after each pass (``phase`` 2) and, before that, every
         `callback_frequency` iterations of the warmup (``phase`` 1). Raising StopIteration ends the
         fit, in the warmup after a first pass.
+    progress : bool, optional
+        Whether to show a bar for each pass and a line for each trial. By default in a terminal
+        or a notebook, once a fit takes more than two seconds; the log (``nlsq_dask``) has the
+        lines in any case, and how far a long pass is every half minute.
     checkpoint : str or path, optional
         A local file that is replaced, in one step, after the warmup and after each pass. It is
         only written: ``config.resume_from_checkpoint`` goes on from one, to the same bits.
     storage_options : mapping, optional
-        For a URL, in fsspec's names.
+        For a URL, in fsspec's names: ``{"anon": True}``, ``{"profile": "lab"}``,
+        ``{"key": …, "secret": …, "endpoint_url": …}``. obstore reads where it has all that are
+        given, fsspec otherwise; see ``result.diagnostics["transports"]``.
 
     Returns
     -------
@@ -151,12 +159,15 @@ def fit_dataset(
         the data can show.
     DataError
         If no row can be fitted.
-    StoreNotFoundError
-        If there is no store.
+    StoreNotFoundError, StoreDeniedError, StoreUnreachableError
+        If there is no store, or it may not or cannot be read.
     CheckpointError
         If checkpoints cannot be written, or the one to resume is damaged or of another fit.
     MemoryProjectionError
         If the plan does not fit a worker's memory.
+    FitInterrupted
+        When interrupted from the keyboard: a KeyboardInterrupt with what the fit has come to, and
+        the checkpoint to go on from. The cluster's work is cancelled.
 
     Notes
     -----
@@ -186,6 +197,7 @@ def fit_dataset(
         is_clustered=cluster is not None,
     )
     require_callback(callback)
+    require_progress(progress)
     require_client(client)
     rows = resolve_dataset(
         ds,
@@ -210,6 +222,7 @@ def fit_dataset(
         nan_policy=nan_policy,
         client=client,
         callback=callback,
+        progress=progress,
         checkpoint=checkpoint,
     )
 
@@ -230,6 +243,7 @@ def curve_fit(
     nan_policy: str | None = None,
     client: Any = None,
     config: HybridStreamingConfig | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Fit a function to data, with the contract of `scipy.optimize.curve_fit`.
@@ -260,6 +274,8 @@ def curve_fit(
     nan_policy : {"raise", "omit"}, optional
     client : distributed.Client, optional
     config : HybridStreamingConfig, optional
+    progress : bool, optional
+        As in `fit_dataset`.
     **kwargs
         ``loss``, ``f_scale``, ``ftol``, ``xtol``, ``gtol``, ``max_nfev`` (or ``maxfev``).
 
@@ -290,6 +306,7 @@ def curve_fit(
     criterion = Criterion(**robust, absolute_sigma=absolute_sigma, covariance="classical")
     optimizer = AdaptiveHybridStreamingOptimizer(with_scipy_options(require_config(config), kwargs))
     require_client(client)
+    require_progress(progress)
     source = build_array_source(xdata, ydata, sigma)
     rows = resolve_arrays(
         source,
@@ -311,7 +328,9 @@ def curve_fit(
     if refuses:
         require_finite(source)
     policy: NanPolicy = "raise" if refuses or nan_policy == "raise" else "omit"
-    result = optimizer.fit_rows(rows, space, criterion=criterion, nan_policy=policy, client=client)
+    result = optimizer.fit_rows(
+        rows, space, criterion=criterion, nan_policy=policy, client=client, progress=progress
+    )
     if not result.success and result.status is not Status.UNIDENTIFIED:
         raise ConvergenceError(f"Optimal parameters not found: {result.message}")
     if result.status is Status.UNIDENTIFIED and result.pcov is not None:

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -31,12 +32,14 @@ from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask._version import __version__
 from nlsq_dask.api import fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.losses import LOSSES
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["main", "ringdown"]
 
+_INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells have for it
 # What `fit_dataset` raises when something is wrong with the data, the model or the cluster.
 _EXPECTED_ERRORS = (ValueError, TypeError, OSError, MemoryError, RuntimeError)
 
@@ -190,7 +193,7 @@ def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, flo
         "Fitting a decaying oscillation with 5 parameters to all rows. A small random sample\n"
         "gives the start; each line below is one pass over the whole archive.\n"
     )
-    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass)
+    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass, progress=False)
     return result, time.perf_counter() - start
 
 
@@ -441,27 +444,28 @@ def _load_module(name: str) -> ModuleType:
 )
 @click.option("--quiet", is_flag=True, help="Do not show the passes.")
 def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: Any) -> None:
-    """Fit a model to STORE, the path or URL of a Zarr or HDF5/netCDF4 store.
+    """Fit a model to STORE, the path of a Zarr or HDF5/netCDF4 store or the URL of a Zarr store.
 
     The model is a function of variables of the store and then parameters, written with
-    jax.numpy. The exit status is 0 if the fit converged, 1 if it did not.
+    jax.numpy. The exit status is 0 if the fit converged, 1 if it did not, 130 if it was
+    interrupted: what it had come to is shown then.
 
     \b
     nlsq-dask fit run.zarr --model decay.py:decay --p0 rate=0.1 --bounds rate=0:
     """
     options["x"] = options["x"] or None
-    callback = None if quiet else _log_pass
     with _errors_in_one_line(), contextlib.ExitStack() as stack:
         client = stack.enter_context(_local_client(workers)) if workers else None
-        result = fit_dataset(store, model, client=client, callback=callback, **options)
+        try:
+            result = fit_dataset(store, model, client=client, progress=not quiet, **options)
+        except FitInterrupted as interrupt:
+            if interrupt.result is not None:
+                click.echo(interrupt.result.summary())
+            click.echo(str(interrupt), err=True)
+            sys.exit(_INTERRUPTED)
     click.echo(result.summary())
     if not result.success:
         raise click.ClickException("the fit did not converge")
-
-
-def _log_pass(record: IterationRecord) -> None:
-    if record.phase == 2:
-        click.echo(record, err=True)
 
 
 if __name__ == "__main__":

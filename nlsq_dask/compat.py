@@ -11,11 +11,8 @@ classes return what there is, whose ``success`` says so.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -45,7 +42,6 @@ __all__ = [
 ]
 
 _METHODS = (None, "auto", "lm", "trf", "dogbox", "hybrid_streaming")
-_LOGGER = logging.getLogger("nlsq_dask")
 
 
 class CurveFitResult(tuple[Any, Any]):
@@ -133,19 +129,19 @@ class FitOptions:
         optimizer = AdaptiveHybridStreamingOptimizer(
             with_scipy_options(require_config(self.config), options)
         )
-        with _progress(self.show_progress):
-            result = optimizer.fit(
-                data,
-                model,
-                p0,
-                self.bounds,
-                sigma,
-                self.absolute_sigma,
-                verbose=self.verbose,
-                loss=self.loss,
-                f_scale=self.f_scale,
-                client=self.client,
-            )
+        result = optimizer.fit(
+            data,
+            model,
+            p0,
+            self.bounds,
+            sigma,
+            self.absolute_sigma,
+            verbose=self.verbose,
+            loss=self.loss,
+            f_scale=self.f_scale,
+            client=self.client,
+            progress=self.show_progress,
+        )
         return CurveFitResult(result)
 
 
@@ -427,19 +423,3 @@ class StreamingOptimizer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-@contextmanager
-def _progress(is_shown: bool) -> Iterator[None]:
-    """Let the log of passes be seen for a while, unless the program shows it already."""
-    if not is_shown or (_LOGGER.hasHandlers() and _LOGGER.isEnabledFor(logging.INFO)):
-        yield
-        return
-    handler, level = logging.StreamHandler(), _LOGGER.level
-    _LOGGER.addHandler(handler)
-    _LOGGER.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        _LOGGER.setLevel(level)
-        _LOGGER.removeHandler(handler)

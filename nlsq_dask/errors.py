@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "CovarianceError",
     "DataError",
+    "FitInterrupted",
     "LengthError",
     "MemoryProjectionError",
     "ModelError",
     "ResultFileError",
     "SessionError",
     "SpoolLimitError",
+    "StoreDeniedError",
     "StoreNotFoundError",
+    "StoreUnreachableError",
     "UntraceableModelError",
     "WorkerError",
 ]
@@ -55,6 +61,14 @@ class StoreNotFoundError(FileNotFoundError):
     """There is no store at the path or URL given."""
 
 
+class StoreDeniedError(PermissionError):
+    """A store may not be read with the credentials given, or there are none."""
+
+
+class StoreUnreachableError(ConnectionError):
+    """What should serve a store does not answer, or not as such a service does."""
+
+
 class SpoolLimitError(OSError):
     """A batch would take the spool over its limit of bytes. Nothing of it was stored."""
 
@@ -69,3 +83,26 @@ class WorkerError(RuntimeError):
 
 class ConvergenceError(RuntimeError):
     """`curve_fit` ended without meeting a convergence test."""
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """A fit was interrupted from the keyboard; no work is left on the cluster.
+
+    Attributes
+    ----------
+    result : FitResult or None
+        At the best parameters that a pass over all rows has evaluated; None before the first.
+    checkpoint : Path or None
+        From which ``config.resume_from_checkpoint`` goes on, where one was written.
+    """
+
+    def __init__(self, result: Any, checkpoint: Path | None) -> None:
+        passes = "before the first pass" if result is None else f"after pass {result.num_passes}"
+        text = f"The fit was interrupted {passes}"
+        if result is not None:
+            text += "; `result` of this exception is what it has come to"
+        if checkpoint is not None:
+            text += f"; resume_from_checkpoint={str(checkpoint)!r} goes on from there"
+        super().__init__(text)
+        self.result = result
+        self.checkpoint = checkpoint

@@ -1,7 +1,7 @@
 r"""Robust losses: what a large residual costs.
 
 The cost of a row is ``½ s² ρ(z)``, ``z = (r / s)²`` with ``s = f_scale``, as in
-`scipy.optimize.least_squares`. Inliers, |r| well below s, cost ½ r² under every loss.
+`scipy.optimize.least_squares`. Inliers, ``|r|`` well below s, cost ½ r² under every loss.
 
 ==========  ===========================  =====================================================
 loss        ρ(z)                         made for

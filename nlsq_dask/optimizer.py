@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import jax
 import numpy as np
 import scipy
 
-from nlsq_dask._typing import Float, ModelFunction, Shape, Vector
+from nlsq_dask._typing import Float, ModelFunction, Vector
+from nlsq_dask.building import build_problem
 from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.criterion import Criterion, build_penalties
-from nlsq_dask.evaluate.base import Evaluator
+from nlsq_dask.criterion import Criterion
+from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.evaluate.clients import active_client, require_client
-from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
-from nlsq_dask.fingerprint import fingerprint_model
-from nlsq_dask.kernels.width import elements_per_row
-from nlsq_dask.model import check_traceable
 from nlsq_dask.parameters.space import (
     BoundsLike,
     ParameterSpace,
     StartsLike,
 )
 from nlsq_dask.phases import NanPolicy, fit_problem
-from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
-from nlsq_dask.problem import Problem
+from nlsq_dask.places import choose_client, open_evaluator_at, platform_at
+from nlsq_dask.progress import choose_progress, require_progress, telling
 from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
 from nlsq_dask.results.report import with_origin
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
-from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
-from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.telemetry import Callback
 from nlsq_dask.warmup.normalization import ParameterNormalizer
 
@@ -50,10 +43,6 @@ __all__ = [
     "require_callback",
     "require_config",
 ]
-
-# Less work than this in a pass is done sooner in this process than sent to a cluster.
-_IN_PROCESS_ROW_PARAMETERS = 5e6
-_MAX_CLUSTER_SUMS = 2**22
 
 
 class AdaptiveHybridStreamingOptimizer:
@@ -107,6 +96,7 @@ class AdaptiveHybridStreamingOptimizer:
         client: Any = None,
         spool: str | os.PathLike[str] | None = None,
         spool_limit_bytes: int | None = None,
+        progress: bool | None = None,
     ) -> FitResult:
         """Fit a function to rows: ``fit(data, func, p0)`` or ``fit(model=, x_data=, y_data=)``.
 
@@ -135,7 +125,7 @@ class AdaptiveHybridStreamingOptimizer:
             Instead of the configuration's, for this fit.
         x_data, y_data : arrays
             In place of `data_source`. Beside a dataset, the names of its variables.
-        loss, f_scale, client
+        loss, f_scale, client, progress
             As in `fit_dataset`.
         spool : str or path, optional
             Where the batches of an iterator are kept for the fit: a folder, local or by URL, that
@@ -160,6 +150,7 @@ class AdaptiveHybridStreamingOptimizer:
         """
         require_callback(callback)
         require_client(client)
+        require_progress(progress)
         criterion = Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma)
         given = GivenModel(_require_one("func", func, "model", model), p0, bounds)
         if isinstance(data_source, Iterator):
@@ -182,6 +173,7 @@ class AdaptiveHybridStreamingOptimizer:
                 client=client,
                 callback=callback,
                 verbose=verbose,
+                progress=progress,
             )
 
     @contextmanager
@@ -201,7 +193,7 @@ class AdaptiveHybridStreamingOptimizer:
                 if spool.num_rows:
                     break
             first = given.rows_spooled(spool)
-            _build_problem(first, given.space(first), Criterion(), self._config)
+            build_problem(first, given.space(first), Criterion(), self._config)
             spool.extend(batches)
             yield given.rows_spooled(spool)
 
@@ -216,19 +208,30 @@ class AdaptiveHybridStreamingOptimizer:
         callback: Callback | None = None,
         verbose: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         started = datetime.now(UTC)
         config = self._config if verbose is None else replace(self._config, verbose=verbose)
+        shown = choose_progress(progress, config.verbose)
+        callback = telling(shown, callback)
         if config.compilation_cache_dir is not None:
             keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
-        client = _choose_client(rows.source, space.num_free, client)
-        platform = functools.partial(_platform, client)
-        problem = _build_problem(rows, space, criterion, config, platform)
-        open_evaluator = functools.partial(_open_evaluator, problem, config, client)
-        result = fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
-        result = with_origin(result, problem, rows.origin, nan_policy, started)
+        client = choose_client(rows.source, space.num_free, client)
+        platform = functools.partial(platform_at, client)
+        problem = build_problem(rows, space, criterion, config, platform)
+        open_evaluator = functools.partial(open_evaluator_at, problem, config, client, shown)
+        trace = functools.partial(
+            with_origin, problem=problem, origin=rows.origin, nan_policy=nan_policy, started=started
+        )
+        try:
+            result = trace(
+                fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
+            )
+        except FitInterrupted as interrupt:
+            interrupt.result = None if interrupt.result is None else trace(interrupt.result)
+            raise
         if rows.is_temporary:
             result = replace(result, session=None)
         self._result = result
@@ -364,126 +367,3 @@ def require_callback(callback: Any) -> None:
 
 
 # -- the problem, and where it is computed
-
-
-def _build_problem(
-    rows: ModelledRows,
-    space: ParameterSpace,
-    criterion: Criterion,
-    config: HybridStreamingConfig,
-    platform: Callable[[], str] = jax.default_backend,
-) -> Problem:
-    """What is asked, checked; and last, because workers have to be asked, planned."""
-    source, model = rows.source, rows.model
-    if not isinstance(source, GridSource):
-        _require_chunks(source)
-    y_shape, x_shapes = _trial_shapes(source, max([0, *itertools.chain(*space.shapes)]))
-    params = space.unflatten(space.p0)
-    check_traceable(model, x_shapes, params, y_shape)
-    space.check_ties()
-    fingerprint = fingerprint_model(
-        model,
-        space,
-        # As the chunks are, and as the sample is.
-        [x_shapes, [y_shape[:1] for _ in x_shapes]],
-        [np.float64] if config.precision == "float64" else [np.float64, np.float32],
-    )
-    is_matrix_free = space.num_free >= config.cg_param_threshold
-    _require_matrix(criterion, is_matrix_free, config)
-    if config.enable_residual_weighting and not model.variables:
-        raise ValueError(
-            "`residual_weights` must go with a model of at least one variable, whose integers are "
-            f"the groups, got {model.name} without one"
-        )
-    _require_few_clusters(rows.num_clusters, space.num_free)
-    penalties = build_penalties(criterion, space, config)
-    strategy = choose_strategy(
-        space.num_free,
-        elements_per_row(model, x_shapes, params) if is_matrix_free else None,
-        num_shards=len(jax.local_devices()) if config.enable_multi_device else 1,
-        platform=platform(),
-    )
-    if isinstance(source, GridSource):
-        plan, source = plan_leaves(source, strategy, config.chunk_size)
-    else:
-        plan = plan_chunks(source, strategy)
-    return Problem(
-        model=model,
-        space=space,
-        source=source,
-        plan=plan,
-        absolute_sigma=criterion.absolute_sigma,
-        loss=criterion.loss,
-        f_scale=criterion.known_scale,
-        group_weights=config.residual_weights if config.enable_residual_weighting else None,
-        penalties=penalties,
-        covariance=criterion.covariance_kind,
-        num_clusters=rows.num_clusters,
-        fingerprint=fingerprint,
-    )
-
-
-def _require_matrix(
-    criterion: Criterion, is_matrix_free: bool, config: HybridStreamingConfig
-) -> None:
-    if is_matrix_free and (criterion.is_clustered or criterion.covariance != "auto"):
-        raise ValueError(
-            "`covariance` and `cluster` must be left out where no covariance is formed, from "
-            f"`cg_param_threshold` = {config.cg_param_threshold} free parameters on, got "
-            f"covariance={criterion.covariance!r}"
-        )
-
-
-def _require_few_clusters(num_clusters: int, num_free: int) -> None:
-    """Each task returns a row of `num_free` sums for each cluster."""
-    if num_clusters * num_free > _MAX_CLUSTER_SUMS:
-        raise ValueError(
-            f"`cluster` must have at most {_MAX_CLUSTER_SUMS // num_free:,} labels for {num_free} "
-            f"free parameters, got {num_clusters:,}"
-        )
-
-
-def _require_chunks(source: Source) -> None:
-    if source.num_chunks < 1:
-        raise ValueError(f"`ds` must have at least one chunk, got {source.num_chunks}")
-
-
-def _trial_shapes(source: Source, longest: int) -> tuple[Shape, list[Shape]]:
-    """Shapes with the source's pattern of broadcasting, to trace the model with.
-
-    Every length is larger than any of a parameter, so that neither passes for the other.
-    """
-    first = longest + 101  # and unlike the lengths of a model's own constants
-    if not isinstance(source, GridSource):
-        return (first,), [(first,) for _ in source.variables]
-    lengths = dict(zip(source.dims, itertools.count(first), strict=False))
-    shapes = [
-        tuple(lengths[dim] if dim in column.dims else 1 for dim in source.dims)
-        for column in source.x
-    ]
-    return tuple(lengths.values()), shapes
-
-
-def _choose_client(source: Source, num_free: int, client: Any) -> Any:
-    """The one that is given; else the active one, where the work is worth sending."""
-    if client is not None:
-        return client
-    is_small = source.num_rows * (num_free + 1) < _IN_PROCESS_ROW_PARAMETERS
-    return None if is_small or is_in_memory(source) else active_client()
-
-
-def _open_evaluator(problem: Problem, config: HybridStreamingConfig, client: Any) -> Evaluator:
-    if client is None:
-        return LocalEvaluator(problem, config)
-    from nlsq_dask.evaluate.cluster import ClusterEvaluator  # Dask takes its time to load
-
-    return ClusterEvaluator(problem, config, client)
-
-
-def _platform(client: Any) -> str:
-    """The kind of device that rows are computed on."""
-    if client is None:
-        return jax.default_backend()
-    from nlsq_dask.evaluate.cluster import platform_of
-
-    return platform_of(client)

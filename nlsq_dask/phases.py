@@ -17,8 +17,8 @@ from nlsq_dask._typing import Float, Vector
 from nlsq_dask.checkpoint.journal import Journal, open_journal
 from nlsq_dask.checkpoint.ledger import Ledger
 from nlsq_dask.compilation import compile_seconds
-from nlsq_dask.config import HybridStreamingConfig, Precision
-from nlsq_dask.errors import DataError
+from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.errors import DataError, FitInterrupted
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.model import check_elementwise
 from nlsq_dask.objective.dense import FullObjective, Passes, SampleObjective
@@ -31,8 +31,9 @@ from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample, draw_sample
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
-from nlsq_dask.solvers.truncated_newton import NewtonState, TruncatedNewton
-from nlsq_dask.solvers.trust_region import State, Tolerances, TrustRegion
+from nlsq_dask.solvers.truncated_newton import NewtonState
+from nlsq_dask.solvers.trust_region import State, Tolerances
+from nlsq_dask.solving import lacks_digits, solver_for, tolerances_for
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback, IterationRecord
 from nlsq_dask.warmup.scale import estimate_f_scale
@@ -42,8 +43,6 @@ __all__ = ["NanPolicy", "fit_problem"]
 
 NanPolicy = Literal["omit", "raise"]
 _LOGGER = logging.getLogger("nlsq_dask")
-# Above it, derivatives in float32 bias the answer (2.5e-3 standard errors at 4e5).
-_MIXED_CONDITION = 1e3
 _LIMITED = (Status.STOPPED_BY_CALLBACK, Status.MAX_PASSES, Status.MAX_SECONDS)
 
 
@@ -69,17 +68,25 @@ def fit_problem(
         If the model mixes rows.
     MemoryProjectionError
         If the plan does not fit the workers.
+    FitInterrupted
+        In the place of a KeyboardInterrupt, with what the fit has come to.
     """
     journal = open_journal(problem, config, nan_policy, checkpoint)
     with contextlib.closing(open_evaluator()) as evaluator:
-        course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
+        try:
+            course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
+        except KeyboardInterrupt:
+            raise FitInterrupted(None, journal.written) from None
         session = Session(
             problem=course.problem,
             config=config,
             open_evaluator=open_evaluator,
             terms=course.full.sample.terms,
         )
-        return build_result(course, state, session)
+        result = build_result(course, state, session)
+    if state.status is Status.INTERRUPTED:
+        raise FitInterrupted(result, journal.written)
+    return result
 
 
 _AnyState = TypeVar("_AnyState", State, NewtonState)
@@ -115,6 +122,7 @@ class _Fit:
         self._compiled_before = compile_seconds()
         self._seconds: dict[str, float] = {}
         self._was_stopped = False  # in the warmup: the fit ends with its first pass
+        self._reached: _Found | None = None  # by the last pass
         self._journal = journal
         self._ledger = Ledger(journal)
 
@@ -132,7 +140,14 @@ class _Fit:
         on_sample = SampleObjective(self._problem, sample)
         self._data_square = _data_square(sample)
         on_sample = self._timed("scale", lambda: self._with_scale(on_sample))
-        found = self._fit_many(on_sample) if is_matrix_free else self._fit_few(on_sample)
+        try:
+            found = self._fit_many(on_sample) if is_matrix_free else self._fit_few(on_sample)
+        except KeyboardInterrupt:
+            if self._reached is None:
+                raise
+            found = self._reached
+            # A sandwich would take the pass that nobody waits for now.
+            self._problem = replace(self._problem, covariance="classical")
         state = found.state
         free0 = self._problem.space.p0[self._problem.space.is_free]
         start_cost, end_cost = on_sample.costs(np.stack([free0, state.params]), sample.blocks)
@@ -179,7 +194,7 @@ class _Fit:
         """The sample's optimum near `p0`, and from there truncated Newton: no k x k matrix."""
         sample, ledger = SampleProducts(on_sample), self._ledger
         if ledger.newton is None:
-            tolerances = self._tolerances(self._data_square)
+            tolerances = self._sample_tolerances
             ledger.sample_fit = self._timed(
                 "warmup", lambda: fit_sample(sample, self._config, tolerances)
             )
@@ -225,7 +240,7 @@ class _Fit:
 
     def _optimum_of(self, objective: SampleObjective) -> Vector | None:
         """The sample's best optimum; None where the model is not finite at any start."""
-        tolerances = self._tolerances(self._data_square)
+        tolerances = self._sample_tolerances
         if self._problem.plan.is_matrix_free:
             found = fit_sample(SampleProducts(objective), self._config, tolerances)
             return None if found is None else found.params
@@ -274,37 +289,13 @@ class _Fit:
     def _solver(self, full: Passes) -> Any:
         """The trust region over all rows, at the precision of the passes."""
         share = self._problem.source.num_rows / full.sample.sample.num_rows
-        tolerances = self._tolerances(self._data_square * share)
-        if full.precision == "float32":
-            tolerances = replace(tolerances, eps=float(np.finfo(np.float32).eps))
-        config = self._config
-        if self._problem.plan.is_matrix_free:
-            return TruncatedNewton(
-                bounds=self._problem.space.free_bounds,
-                tolerances=tolerances,
-                max_products=config.cg_max_iterations,
-                relative_tolerance=config.cg_relative_tolerance,
-                absolute_tolerance=config.cg_absolute_tolerance,
-                initial_radius=config.trust_region_initial,
-            )
-        return TrustRegion(
-            bounds=self._problem.space.free_bounds,
-            tolerances=tolerances,
-            initial_radius=config.trust_region_initial,
-        )
+        data_square = self._data_square * share
+        tolerances = tolerances_for(self._problem, self._config, data_square, full.precision)
+        return solver_for(self._problem, self._config, tolerances)
 
-    def _tolerances(self, data_square: float) -> Tolerances:
-        config = self._config
-        return Tolerances(
-            distance_tol=config.distance_tol,
-            tangent_tol=config.gauss_newton_tol,
-            max_iterations=config.gauss_newton_max_iterations,
-            ftol=config.ftol,
-            xtol=config.xtol,
-            gtol=config.gtol,
-            absolute_sigma=self._problem.absolute_sigma,
-            data_square=data_square,
-        )
+    @property
+    def _sample_tolerances(self) -> Tolerances:
+        return tolerances_for(self._problem, self._config, self._data_square)
 
     # -- sample
 
@@ -316,7 +307,7 @@ class _Fit:
         warmup = warm_up(
             on_sample,
             self._config,
-            self._tolerances(self._data_square),
+            self._sample_tolerances,
             on_iteration=self._tell if is_watched else None,
             on_state=ledger.save_warmup if self._journal.path is not None else None,
             resume=ledger.warmup_state,
@@ -448,6 +439,11 @@ class _Fit:
     def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""
         record = self._ledger.enter_pass(full, state)
+        self._reached = _Found(
+            full=full,
+            state=replace(state, status=Status.INTERRUPTED),
+            sample_fit=self._ledger.sample_fit,
+        )
         try:
             self._tell(record)
         except StopIteration:
@@ -474,22 +470,10 @@ class _Fit:
         wanted = config.verbose > 1 if record.phase == 1 else config.verbose > 0
         if wanted and (record.phase == 1 or record.iteration % config.log_frequency == 0):
             _LOGGER.info("%s", record)
+        if record.phase == 2:
+            self._evaluator.log_event(record.as_event())
         if self._callback is not None:
             self._callback(record)
-
-
-def lacks_digits(precision: Precision, state: State | NewtonState) -> str:
-    """Why a fit in fewer digits has to go on in float64; nothing where it need not."""
-    if precision == "float64":
-        return ""
-    if state.status is Status.NOT_FINITE or not state.was_finite:
-        return f"a pass in {precision} precision was not finite"
-    condition = state.condition_number
-    if precision == "mixed" and condition > _MIXED_CONDITION:
-        return f"the condition number is {condition:.1e}, above {_MIXED_CONDITION:.0e}"
-    if state.status is Status.STALLED:
-        return f"no step lowered the cost in {precision} precision"
-    return ""
 
 
 def _data_square(sample: Sample) -> float:

@@ -39,8 +39,6 @@ _ACCELERATOR_TILE_ROWS = 2**17
 _MOST_IN_LANES = 16  # parameters; beyond, a matrix product is as fast
 _REVERSE_TILE_BYTES = 2**23  # of the model's largest array
 _MIN_REVERSE_TILE_ROWS = 64
-# Read, decoded and aligned at once in the reading thread, the next two ready, one computed.
-_LEAF_COPIES = 6
 # Measured: what the first compilation of a kernel leaves behind in a process.
 _COMPILATION_BYTES = 320 * 2**20
 
@@ -80,14 +78,15 @@ class MemoryProjection:
     """Bytes that one process is expected to need at most."""
 
     base_bytes: int
-    leaf_bytes: int
+    leaf_bytes: int  # of the one that is computed
+    reading_bytes: int  # of those to come
     kernel_bytes: int  # for all slabs of a leaf
     num_threads: int
     cache_bytes: int
 
     @property
     def task_bytes(self) -> int:
-        return _LEAF_COPIES * self.leaf_bytes + self.kernel_bytes
+        return self.leaf_bytes + self.reading_bytes + self.kernel_bytes
 
     @property
     def total_bytes(self) -> int:

@@ -105,10 +105,17 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
     """A share of a chunk's valid rows, at random offsets that depend on seed and chunk alone."""
     shape = chunk.y.shape
     selected = selected_rows(chunk)
-    valid = np.flatnonzero((selected & finite_rows(chunk)).ravel())
-    wanted = min(len(valid), int(np.ceil(fraction * len(valid))))
+    valid = (selected & finite_rows(chunk)).ravel()
+    num_valid = int(np.count_nonzero(valid))
+    wanted = min(num_valid, int(np.ceil(fraction * num_valid)))
     rng = np.random.default_rng([seed, index])
-    chosen = valid if wanted == len(valid) else np.sort(rng.choice(valid, wanted, replace=False))
+    chosen = (
+        np.arange(num_valid)
+        if wanted == num_valid
+        else np.sort(rng.choice(num_valid, wanted, replace=False))
+    )
+    if num_valid < valid.size:  # a list of all rows takes longer than the draw
+        chosen = np.flatnonzero(valid)[chosen]
     position = np.unravel_index(chosen, shape)
 
     def take(array: np.ndarray) -> np.ndarray:
@@ -123,8 +130,8 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         x=tuple(take(np.asarray(column)) for column in chunk.x),
         y=take(np.asarray(chunk.y)),
         sigma=sigma,
-        num_valid=len(valid),
-        num_invalid=int(selected.sum()) - len(valid),
+        num_valid=num_valid,
+        num_invalid=int(selected.sum()) - num_valid,
         num_seen=chunk.y.size if chunk.extent is None else int(np.prod(chunk.extent)),
         smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
         chunk_bytes=chunk.nbytes,

@@ -38,6 +38,7 @@ class Status(enum.Enum):
     MAX_ITERATIONS = "Stopped: `gauss_newton_max_iterations` trials without convergence."
     MAX_PASSES = "Stopped: `max_passes` passes over the data without convergence."
     MAX_SECONDS = "Stopped: `max_seconds` elapsed without convergence."
+    INTERRUPTED = "Stopped: interrupted from the keyboard."
     STOPPED_BY_CALLBACK = "Stopped: the callback raised StopIteration."
 
     @property

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nlsq_dask._typing import Float
 
 __all__ = ["Callback", "IterationRecord"]
+
+_MAX_EVENT_PARAMS = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,25 +23,25 @@ class IterationRecord:
     there is NaN.
     """
 
-    phase: int  # 1 the warmup, 2 the passes over all data
-    iteration: int  # within its phase
+    phase: int  #: 1 the warmup, 2 the passes over all data
+    iteration: int  #: within its phase
     num_passes: int
-    params: Float[np.ndarray, " n"]  # the best point so far, all parameters
-    cost: float  # ½ Σ r² there
-    loss: float  # 2 cost / m
-    trial_cost: float  # at the point tried in this pass
-    relative_change: float  # of the cost, negative when it fell
+    params: Float[np.ndarray, " n"]  #: the best point so far, all parameters
+    cost: float  #: ½ Σ r² there
+    loss: float  #: 2 cost / m
+    trial_cost: float  #: at the point tried in this pass
+    relative_change: float  #: of the cost, negative when it fell
     accepted: bool
-    gain: float  # actual over predicted reduction; NaN where there was none
-    distance: float  # estimated, to the minimum, in standard errors
+    gain: float  #: actual over predicted reduction; NaN where there was none
+    distance: float  #: estimated, to the minimum, in standard errors
     damping: float
     radius: float
     optimality: float
     num_active: int
     num_rows: int
     bytes_read: int
-    seconds: float  # of the pass, or since the last record of the warmup
-    is_product: bool = False  # of conjugate gradients, at the best point: no trial
+    seconds: float  #: of the pass, or since the last record of the warmup
+    is_product: bool = False  #: of conjugate gradients, at the best point: no trial
 
     @property
     def rows_per_second(self) -> float:
@@ -47,6 +49,15 @@ class IterationRecord:
         if self.phase == 1:
             return np.nan
         return self.num_rows / self.seconds if self.seconds > 0 else np.inf
+
+    def as_event(self) -> dict[str, Any]:
+        """In plain numbers and lists, as messages carry them. Long parameters are left out."""
+        event: dict[str, Any] = {
+            field.name: vars(self)[field.name] for field in fields(self) if field.name != "params"
+        }
+        if len(self.params) <= _MAX_EVENT_PARAMS:
+            event["params"] = self.params.tolist()
+        return event
 
     def __str__(self) -> str:
         if self.phase == 1:

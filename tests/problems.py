@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+import xarray as xr
 
 
 def decay(t, amplitude, rate, offset):
@@ -63,6 +64,11 @@ def make_decay(num_rows, noise=0.1, seed=0):
     t = np.linspace(0.0, 10.0, num_rows)
     y = decay_numpy(t, TRUTH) + noise * rng.normal(size=num_rows)
     return t, y
+
+
+def dataset(t, y) -> xr.Dataset:
+    """Rows with `t` as a coordinate."""
+    return xr.Dataset({"y": ("row", y)}, coords={"t": ("row", t)})
 
 
 def solve_in_longdouble(matrix: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 import xarray as xr
 from click.testing import CliRunner
 
+from nlsq_dask import fit_dataset
 from nlsq_dask.cli import main
 
 TRUTH = {"amplitude": 2.0, "rate": 0.7, "offset": 0.3}
@@ -243,3 +244,18 @@ def test_a_fit_without_a_unique_answer_fails_with_its_summary(folder, options):
     assert result.exit_code == 1
     assert "NOT CONVERGED" in result.stdout
     assert "did not converge" in result.stderr
+
+
+def test_an_interrupted_fit_shows_what_it_has(options, monkeypatch):
+    def interrupted(*arguments, progress, **keywords):
+        def interrupt(record):
+            if record.phase == 2:
+                raise KeyboardInterrupt
+
+        return fit_dataset(*arguments, callback=interrupt, **keywords)
+
+    monkeypatch.setattr("nlsq_dask.cli.fit_dataset", interrupted)
+    result = invoke("fit", *options)
+    assert result.exit_code == 130
+    assert "interrupted from the keyboard" in result.stdout
+    assert result.stderr.startswith("The fit was interrupted after pass 1")

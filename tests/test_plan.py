@@ -9,7 +9,7 @@ import xarray as xr
 
 from nlsq_dask import HybridStreamingConfig, fit_dataset
 from nlsq_dask.errors import WorkerError
-from nlsq_dask.evaluate import cluster
+from nlsq_dask.evaluate import workers
 from nlsq_dask.plan import choose_strategy, choose_tile_rows
 from problems import decay, make_decay
 
@@ -59,4 +59,4 @@ def test_workers_of_two_kinds_are_refused(monkeypatch):
         run=lambda function: {"a": "cpu", "b": "gpu"},
     )
     with pytest.raises(WorkerError, match="one kind of device"):
-        cluster.platform_of(client)
+        workers.platform_of(client)

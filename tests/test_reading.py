@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +21,16 @@ from nlsq_dask.evaluate import heap, leaves
 from nlsq_dask.evaluate.base import Request, fold_reports
 from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.evaluate.packed import Layout
-from nlsq_dask.evaluate.reading import ChunkReader, Meter, device_room
+from nlsq_dask.evaluate.reading import (
+    ChunkReader,
+    Meter,
+    count_ahead,
+    device_room,
+    reading_bytes,
+)
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.normal_equations import CostGradient, RowStatistics, Sums
+from nlsq_dask.sources import transport
 from nlsq_dask.sources.base import pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, aligned_empty, is_aligned
 
@@ -342,3 +351,48 @@ def test_freed_memory_is_kept_while_any_fit_needs_it(monkeypatch):
     assert calls == [kept, kept]
     heap.return_freed_memory("b")
     assert calls == [kept, kept, (2**17, 65536)]
+
+
+class SlowStore(zarr.storage.WrapperStore):
+    """A folder whose chunks come after 20 ms. Counts the requests that wait at one time."""
+
+    waiting = most = 0
+
+    async def get(self, key, prototype, byte_range=None):
+        if "/c/" in key:
+            kind = type(self)
+            kind.waiting += 1
+            kind.most = max(kind.most, kind.waiting)
+            await asyncio.sleep(0.02)
+            kind.waiting -= 1
+        return await super().get(key, prototype, byte_range)
+
+
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_many_leaves_are_asked_for_at_once_where_they_come_late(comes_late, tmp_path, monkeypatch):
+    t, y = problems.make_decay(200_000)
+    ds = problems.dataset(t, y).chunk(row=4_000)
+    ds.to_zarr(tmp_path / "run.zarr", consolidated=False)
+    if comes_late:
+        monkeypatch.setattr(transport, "_FROM_AFAR", {"SlowStore"})
+    monkeypatch.setattr(SlowStore, "most", 0)
+    config = HybridStreamingConfig(cache_bytes=0, chunk_size=4_000)  # a leaf is a chunk
+    options = {"y": "y", "p0": problems.P0, "config": config}
+    expected = fit_dataset(tmp_path / "run.zarr", problems.decay, **options)
+    store = SlowStore(zarr.storage.LocalStore(tmp_path / "run.zarr"))
+    result = fit_dataset(store, problems.decay, **options)
+    assert result.popt.tobytes() == expected.popt.tobytes()
+    columns, threads = 2, 2
+    assert (SlowStore.most > columns * threads * 2) is comes_late
+
+
+def test_what_is_under_way_is_counted_in_the_projection(monkeypatch):
+    t, y = problems.make_decay(1_000)
+    source = fit_dataset(problems.dataset(t, y), problems.decay, y="y", p0=problems.P0).session
+    source = source.problem.source
+    leaf_bytes = 2**20
+    assert (count_ahead(source, leaf_bytes), reading_bytes(source, leaf_bytes)) == (2, 5 * 2**20)
+    monkeypatch.setattr("nlsq_dask.evaluate.reading.transports_of", lambda _: ["obstore"])
+    assert (count_ahead(source, leaf_bytes), reading_bytes(source, leaf_bytes)) == (16, 48 * 2**20)
+    assert count_ahead(source, 2**23) == 8
+    assert count_ahead(source, 2**30) == 2

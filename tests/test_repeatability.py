@@ -64,12 +64,12 @@ def test_same_bits_with_threads(how, store, expected):
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 def test_same_bits_for_any_number_of_threads(num_threads, store, expected, monkeypatch):
-    from nlsq_dask import optimizer
+    from nlsq_dask import places
 
-    def local(problem, config):
-        return LocalEvaluator(problem, config, num_threads=num_threads)
+    def local(problem, config, progress):
+        return LocalEvaluator(problem, config, num_threads=num_threads, progress=progress)
 
-    monkeypatch.setattr(optimizer, "LocalEvaluator", local)
+    monkeypatch.setattr(places, "LocalEvaluator", local)
     assert_same_bits(fit(store), expected)
 
 

@@ -84,6 +84,11 @@ class Journal:
         write_checkpoint(self.path, sections | to_sections(snapshot))
         _LOGGER.debug("Wrote the checkpoint %s.", self.path)
 
+    @property
+    def written(self) -> Path | None:
+        """The checkpoint, where one was written."""
+        return self.path if self.path is not None and self.path.exists() else None
+
     def describe(self) -> dict[str, str | None]:
         """For the result: what is written, and what was read."""
         paths = {"path": self.path, "resumed_from": self.resumed_from}

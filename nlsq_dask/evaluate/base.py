@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -125,5 +125,8 @@ class Evaluator(Protocol):
 
     def memory(self) -> dict[str, Any]:
         """Projected bytes for one process and the limit they were held against."""
+
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """Hand a record to whoever collects them where the work is done."""
 
     def close(self) -> None: ...

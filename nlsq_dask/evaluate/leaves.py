@@ -6,8 +6,10 @@ import functools
 import operator
 import os
 import sys
+import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,15 +18,24 @@ import jax
 import numpy as np
 import psutil
 
+from nlsq_dask._typing import abstract
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.packed import Layout, PackedSums
-from nlsq_dask.evaluate.reading import Blocks, ChunkReader, Meter, accelerator, device_room
+from nlsq_dask.evaluate.reading import (
+    Blocks,
+    ChunkReader,
+    Meter,
+    accelerator,
+    count_ahead,
+    device_room,
+)
 from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
 from nlsq_dask.kernels.reverse import ReverseKernels, build_reverse_kernels
 from nlsq_dask.normal_equations import CostSum, RowStatistics, Sums
+from nlsq_dask.plan import slab_shape
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
 
@@ -33,6 +44,7 @@ __all__ = ["ProblemHome", "peak_memory_bytes", "shapes_of"]
 # Waiting costs as much as starting a leaf does, which counts where leaves are small.
 _GROUP_BYTES = 2**22
 _MAX_GROUP = 32
+_MOST_VECTORS = 6  # in one pass: both parts of a direction, and four that calibrate
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,6 +57,7 @@ class ProblemHome:
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
     reader: ChunkReader = field(init=False)
+    is_stopped: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
@@ -55,29 +68,46 @@ class ProblemHome:
             self.problem.source,
             cache_bytes=self.cache_bytes,
             prefetch=self.prefetch,
+            num_ahead=count_ahead(self.problem.source, self.problem.plan.leaf_bytes),
             device=device,
             device_bytes=0 if device is None else device_room(device),
         )
 
-    def compile_ahead(self, precision: Precision) -> None:
-        """Have ready what the first pass computes, for the shapes of the first leaf."""
-        problem, kernels = self.problem, self.kernels
-        if problem.plan.is_matrix_free or problem.plan.num_shards > 1:
-            return
-        chunk = self.reader.fetch(0)
+    def prepare(self, precision: Precision, chunk: Chunk | None = None) -> int:
+        """Compile what the first pass computes; the bytes that XLA needs for it on one leaf.
+
+        Those are beside the arguments, for all slabs together. A chunk's dtypes are part of what
+        is compiled: without one they are taken to be float64, and only the number is of use.
+        """
+        kernels, num_shards = self.kernels, self.problem.plan.num_shards
+        if chunk is None or num_shards > 1:
+            chunk = _abstract_slab(self.problem)
+        most = 0
+        for kernel, arguments, options in self._first_kernels(chunk, precision):
+            shapes = (kernel, shapes_of(arguments), *options.values())
+            with jax.enable_x64(True), kernels.compiling:
+                if shapes not in kernels.temporary_bytes:
+                    compiled = kernel.lower(*arguments, **options).compile()
+                    kernels.temporary_bytes[shapes] = _temporary_bytes(compiled)
+            most = max(most, kernels.temporary_bytes[shapes])
+        copied = self.problem.plan.leaf_bytes if num_shards > 1 else 0
+        return num_shards * most + copied
+
+    def _first_kernels(
+        self, chunk: Chunk, precision: Precision
+    ) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+        """Kernels of the first pass with their arguments. JAX finds by them what is compiled."""
+        problem, space = self.problem, self.problem.space
         terms = problem.terms(np.zeros(len(problem.source.variables)))
-        directions = problem.directions(np.eye(problem.space.num_free))
-        first: Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]] = (
-            (
-                kernels.normal_equations,
-                (problem.space.p0, directions, terms, chunk),
-                {"precision": precision},
-            ),
-            (kernels.summary, (np.zeros(()), terms, chunk), {}),
-        )
-        with jax.enable_x64(True), kernels.compiling:
-            for kernel, arguments, options in first:
-                kernel.lower(*arguments, **options).compile()  # JAX finds it by its arguments
+        options = {"precision": precision}
+        if problem.plan.is_matrix_free:
+            vectors = abstract((_MOST_VECTORS, space.size))
+            yield self.reverse.gradient, (space.p0, terms, chunk), options
+            yield self.reverse.products, (space.p0, vectors, terms, chunk), options
+            return
+        directions = problem.directions(np.eye(space.num_free))
+        yield self.kernels.normal_equations, (space.p0, directions, terms, chunk), options
+        yield self.kernels.summary, (np.zeros(()), terms, chunk), {}
 
     def reduce(
         self,
@@ -86,8 +116,15 @@ class ProblemHome:
         *,
         may_cache: bool = True,
         blocks: Blocks | None = None,
+        on_leaf: Callable[[int], object] = lambda _: None,
     ) -> RangeReport:
-        """Sum the leaves of a range, into nodes of the tree."""
+        """Sum the leaves of a range, into nodes of the tree.
+
+        Raises
+        ------
+        CancelledError
+            If `is_stopped` was set meanwhile.
+        """
         start = time.perf_counter()
         meter = Meter()
         offending: list[int] = []
@@ -98,6 +135,7 @@ class ProblemHome:
                 if request.names_leaves and sums.is_offending:
                     offending.append(index)
                 yield index, sums
+                on_leaf(1)
 
         with closing(chunks):
             level = bin_level(self.problem.source.num_chunks)
@@ -124,6 +162,8 @@ class ProblemHome:
         ready: set[Hashable] = set()
         group_size = 1
         for index, chunk in chunks:
+            if self.is_stopped.is_set():
+                raise CancelledError(f"stopped before leaf {index}")
             started.append((index, self._start(chunk, request, meter, ready)))
             if self.reader.device is not None:
                 for array in jax.tree.leaves(started[-1][1]):
@@ -245,6 +285,23 @@ def _fetch(
     """Wait for the sums of some leaves; those of slabs are added in order."""
     for index, slabs in started:
         yield index, functools.reduce(operator.add, map(layout.pack, slabs))
+
+
+def _abstract_slab(problem: Problem) -> Chunk:
+    """Shapes of what one device computes on, in float64."""
+    shape = slab_shape(tuple(problem.source.chunk_shape), problem.plan.num_shards)
+    return Chunk(
+        x=tuple(abstract(shape) for _ in problem.source.variables),
+        y=abstract(shape),
+        extent=abstract((len(shape),), np.int64),
+    )
+
+
+def _temporary_bytes(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:  # a backend that does not say
+        return 0
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
 
 def peak_memory_bytes() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from nlsq_dask.errors import WorkerError
-from nlsq_dask.evaluate.cluster import workers_of
+from nlsq_dask.evaluate.workers import workers_of
 
 __all__ = ["require_reach"]
 

@@ -17,13 +17,28 @@ import numpy as np
 
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool
+from nlsq_dask.sources.columns import transports_of
 from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.transport import comes_late
 
-__all__ = ["Blocks", "ChunkReader", "Meter", "accelerator", "device_room"]
+__all__ = [
+    "Blocks",
+    "ChunkReader",
+    "Meter",
+    "accelerator",
+    "count_ahead",
+    "device_room",
+    "reading_bytes",
+]
 
 Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
 
 _NUM_AHEAD = 2  # leaves that may be ready before they are needed
+# Of a store that answers late, as many are asked for at once as come to this.
+_AHEAD_BYTES = 2**26
+_MOST_AHEAD = 16
+# Of a leaf that is being read: as it comes, decoded, aligned.
+_COPIES_READING = 3
 _DEVICE_SHARE = 0.5  # of an accelerator's free memory, for chunks
 
 
@@ -34,6 +49,27 @@ class Meter:
     bytes_read: int = 0
     read_seconds: float = 0.0  # in the reading thread, beside the computing
     num_compilations: int = 0
+
+
+def count_ahead(source: Source, leaf_bytes: int) -> int:
+    """How many leaves are read ahead: from afar, by as many threads.
+
+    A thread has one request under way for a leaf that is one chunk of the store, and waits for
+    most of the time: at 50 ms for an answer, 16 MB/s for chunks of 800 kB.
+    """
+    if not isinstance(source, GridSource):
+        return _NUM_AHEAD
+    if not any(map(comes_late, transports_of(source.columns.values()))):
+        return _NUM_AHEAD
+    return max(_NUM_AHEAD, min(_MOST_AHEAD, _AHEAD_BYTES // max(leaf_bytes, 1)))
+
+
+def reading_bytes(source: Source, leaf_bytes: int) -> int:
+    """Of leaves that are being read or are ready, beside the one that is computed."""
+    ahead = count_ahead(source, leaf_bytes)
+    if ahead == _NUM_AHEAD:  # by one thread
+        return (_COPIES_READING + _NUM_AHEAD) * leaf_bytes
+    return ahead * _COPIES_READING * leaf_bytes
 
 
 class ChunkReader:
@@ -51,11 +87,14 @@ class ChunkReader:
         *,
         cache_bytes: int,
         prefetch: bool,
+        num_ahead: int = _NUM_AHEAD,
         device: jax.Device | None = None,
         device_bytes: int = 0,
     ) -> None:
         self._source = source
         self._prefetch = prefetch
+        self._num_ahead = num_ahead
+        self.num_threads = 1 if num_ahead == _NUM_AHEAD else num_ahead
         self.device = device
         self._room = cache_bytes
         self._device_room = device_bytes
@@ -83,7 +122,12 @@ class ChunkReader:
         return chunk
 
     def stream(
-        self, leaves: range, meter: Meter, *, may_cache: bool = True, blocks: Blocks | None = None
+        self,
+        leaves: Sequence[int],
+        meter: Meter,
+        *,
+        may_cache: bool = True,
+        blocks: Blocks | None = None,
     ) -> Generator[tuple[int, Chunk]]:
         """Chunks in order, the next ones read while the caller computes on this one."""
         with self._lock:
@@ -100,9 +144,10 @@ class ChunkReader:
             return
         ahead = iter(missing)
         pending: deque[Future[Chunk]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-read") as reader:
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="nlsq-read") as reader:
             try:
-                pending.extend(reader.submit(read, i) for i in itertools.islice(ahead, _NUM_AHEAD))
+                first = itertools.islice(ahead, self._num_ahead)
+                pending.extend(reader.submit(read, i) for i in first)
                 while pending:
                     chunk = pending.popleft().result()
                     pending.extend(reader.submit(read, i) for i in itertools.islice(ahead, 1))

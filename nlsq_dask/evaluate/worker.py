@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -21,6 +22,7 @@ from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.reading import Meter
 from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
@@ -32,7 +34,8 @@ __all__ = [
     "ProcessSettings",
     "compile_ahead",
     "forget_home",
-    "map_chunk",
+    "map_blocks",
+    "map_chunks",
     "merge_reports",
     "platform_of_worker",
     "probe_worker",
@@ -50,7 +53,7 @@ class HomeSpec:
     """What a worker needs to set up a problem."""
 
     token: str
-    payload: bytes
+    payload: bytes = field(repr=False)  # Dask logs arguments; it may hold a key
     cache_bytes: int
     prefetch: bool
     precision: Precision
@@ -76,8 +79,11 @@ def home_of(spec: HomeSpec) -> ProblemHome:
 
 
 def forget_home(token: str) -> None:
+    """Let go of a problem. What still runs on it ends after the leaf that it is at."""
     with _HOMES_LOCK:
-        _HOMES.pop(token, None)
+        home = _HOMES.pop(token, None)
+    if home is not None:
+        home.is_stopped.set()
 
 
 def same_spec(spec: HomeSpec) -> HomeSpec:
@@ -90,9 +96,10 @@ def platform_of_worker(dask_worker: Any) -> str:
     return jax.default_backend()
 
 
-def compile_ahead(spec: HomeSpec) -> None:
-    """What the first pass needs, while the client is busy with the sample."""
-    home_of(spec).compile_ahead(spec.precision)
+def compile_ahead(spec: HomeSpec) -> int:
+    """What the first pass needs, while the client is busy with the sample; XLA's bytes for it."""
+    home = home_of(spec)
+    return home.prepare(spec.precision, home.reader.fetch(0))
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:
@@ -124,18 +131,28 @@ def reduce_range(
     return home.reduce(leaves, request, may_cache=is_owner, blocks=blocks)
 
 
-def map_chunk(
+def map_chunks(
+    spec: HomeSpec,
+    function: Callable[[int, Chunk], _Value],
+    indices: Sequence[int],
+    owner: str,
+) -> list[_Value]:
+    """Apply a function to chunks, which stay with their owner for the passes to come."""
+    is_owner = distributed.get_worker().address == owner
+    chunks = home_of(spec).reader.stream(indices, Meter(), may_cache=is_owner)
+    with contextlib.closing(chunks):
+        return [function(index, jax.device_get(chunk)) for index, chunk in chunks]
+
+
+def map_blocks(
     spec: HomeSpec,
     function: Callable[[int, Chunk], _Value],
     index: int,
-    owner: str | None,
-    blocks: Mapping[str, np.ndarray] | None,
-) -> _Value:
-    """Apply a function to a chunk, which stays with its owner for the passes to come."""
-    is_owner = distributed.get_worker().address == owner
-    given = None if blocks is None else {index: blocks}
-    chunk = home_of(spec).reader.fetch_host(index, may_cache=is_owner, blocks=given)
-    return function(index, chunk)
+    blocks: Mapping[str, np.ndarray],
+) -> list[_Value]:
+    """Apply a function to a chunk that comes in Dask's blocks."""
+    chunk = home_of(spec).reader.fetch_host(index, may_cache=False, blocks={index: blocks})
+    return [function(index, chunk)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

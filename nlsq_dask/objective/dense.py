@@ -18,7 +18,7 @@ from nlsq_dask.evaluate.base import Account, Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.tree import Bins
 from nlsq_dask.kernels.reverse import ReverseKernels
-from nlsq_dask.normal_equations import RowSummary, Sums
+from nlsq_dask.normal_equations import CostGradient, RowSummary, Sums
 from nlsq_dask.objective.penalised import evaluation_of, penalised_slope
 from nlsq_dask.parameters.penalties import PenaltyRows
 from nlsq_dask.plan import plan_chunks
@@ -29,6 +29,8 @@ from nlsq_dask.solvers.trust_region import Evaluation
 from nlsq_dask.sources.base import Chunk
 
 __all__ = ["FullObjective", "Passes", "SampleObjective"]
+
+_MOST_PUSHED = 8  # free parameters whose gradient comes with the normal equations
 
 
 class SampleObjective:
@@ -100,27 +102,42 @@ class SampleObjective:
 
     def slope(self, params: Vector, block: int) -> tuple[float, Vector]:
         """The cost on one block, and its gradient by the free parameters."""
-        everything = self.problem.space.expand(params)
-        with jax.enable_x64(True):
-            normal, _ = self.reverse.gradient(
-                everything, self.terms, self.block(block), precision="float64"
-            )
         penalty = self.penalty(range(block, block + 1))
-        slope, _ = penalised_slope(self.problem, penalty, params, jax.device_get(normal))
+        slope, _ = penalised_slope(
+            self.problem, penalty, params, self._slope_of_rows(params, block)
+        )
         return float(slope.cost), np.asarray(slope.grad)
 
     def costs(self, candidates: Float[np.ndarray, "c k"], blocks: range) -> Vector:
-        """The cost at each candidate, without derivatives."""
+        """The cost at each candidate."""
+        expand, penalty = self.problem.space.expand, self.penalty(blocks)
+        costs = [
+            sum(float(self._slope_of_rows(candidate, block).cost) for block in blocks)
+            + float(penalty.cost(expand(candidate)))
+            for candidate in candidates
+        ]
+        return np.array(costs)
+
+    def _slope_of_rows(self, params: Vector, block: int) -> CostGradient:
+        """Cost and gradient by all parameters, by a kernel that the sample needs in any case.
+
+        A kernel of its own would be faster, by less than what compiling it takes.
+        """
         space = self.problem.space
-        rivals = np.stack([space.expand(candidate) for candidate in candidates])
+        everything, chunk = space.expand(params), self.block(block)
         with jax.enable_x64(True):
-            each = [
-                np.asarray(self._home.kernels.costs(rivals, self.terms, chunk))
-                for chunk in map(self.block, blocks)
-            ]
-        penalty = self.penalty(blocks)
-        added = np.array([float(penalty.cost(rival)) for rival in rivals])
-        return np.asarray(np.sum(each, axis=0) + added)
+            if space.num_free > _MOST_PUSHED:
+                slope, _ = self.reverse.gradient(everything, self.terms, chunk, precision="float64")
+                fetched: CostGradient = jax.device_get(slope)
+                return fetched
+            along = space.embed(np.eye(space.num_free))
+            normal, _ = self._home.kernels.normal_equations(
+                everything, along, self.terms, chunk, precision="float64"
+            )
+        normal = jax.device_get(normal)
+        grad = np.zeros(space.size)
+        grad[space.is_free] = normal.grad
+        return CostGradient(cost=normal.cost, num_rows=normal.num_rows, grad=grad)
 
     def residuals(self, params: Vector) -> Vector:
         """Weighted residuals of the sample's rows."""

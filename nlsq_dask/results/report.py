@@ -32,6 +32,9 @@ from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample
 from nlsq_dask.solvers.truncated_newton import NewtonState
 from nlsq_dask.solvers.trust_region import State
+from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.columns import transports_of
+from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.origin import Origin
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import IterationRecord
@@ -219,6 +222,7 @@ def _diagnostics(
     problem = course.problem
     return {
         "evaluator": course.evaluator.description,
+        "transports": _transports(problem.source),
         "plan": asdict(problem.plan),
         "memory": dict(course.memory),
         "sample": _describe_sample(course),
@@ -240,6 +244,10 @@ def _diagnostics(
         "config": course.config.as_dict(),
         "versions": dict(package_versions()),
     }
+
+
+def _transports(source: Source) -> list[str]:
+    return transports_of(source.columns.values()) if isinstance(source, GridSource) else []
 
 
 def _details(course: Course, state: State | NewtonState) -> str:
@@ -353,13 +361,15 @@ def _describe_optima(course: Course) -> list[dict[str, Any]]:
     """What competed in the first pass."""
     if course.warmup is None:
         return []
+    optima = course.warmup.optima
+    costs = course.gate.costs or (np.nan,) * len(optima)  # of a fit interrupted before they met
     return [
         {
             "params": course.problem.space.expand(optimum.params),
             "sample_cost": optimum.cost,
             "cost": cost,
         }
-        for optimum, cost in zip(course.warmup.optima, course.gate.costs, strict=True)
+        for optimum, cost in zip(optima, costs, strict=True)
     ]
 
 

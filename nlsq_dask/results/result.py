@@ -122,6 +122,10 @@ class FitResult(Outcome, Mapping[str, Any]):
     def __len__(self) -> int:
         return len({**_NLSQ_KEYS, **self.shapes})
 
+    def _ipython_key_completions_(self) -> list[str]:
+        """What IPython offers after ``result["``: parameters first."""
+        return list({**self.shapes, **_NLSQ_KEYS})
+
     @property
     def x(self) -> Float[np.ndarray, " n"]:
         """`popt`, as SciPy's and NLSQ's results call it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,11 +12,19 @@ import numpy as np
 
 from nlsq_dask._typing import Index, Shape
 from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.transport import reported_reading, transport_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["LazyColumn", "MemoryColumn", "TimeAxis", "TimeColumn", "build_time_column"]
+__all__ = [
+    "LazyColumn",
+    "MemoryColumn",
+    "TimeAxis",
+    "TimeColumn",
+    "build_time_column",
+    "transports_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,8 +85,17 @@ class LazyColumn:
             return tuple(int(length) for length in grid)
         return None
 
+    @property
+    def transport(self) -> str:
+        """What carries its bytes."""
+        array: Any = self.variable._data
+        while hasattr(array, "array"):  # xarray's decoding and indexing
+            array = array.array
+        return transport_of(array)
+
     def read(self, index: Index) -> np.ndarray:
-        return np.asarray(self.variable[index].values)
+        with reported_reading():
+            return np.asarray(self.variable[index].values)
 
 
 _MAX_SHARD_ROWS = 2**21
@@ -180,6 +197,12 @@ class TimeColumn:
 
     def read(self, index: Index) -> np.ndarray:
         return self.axis.to_numbers(self.column.read(index))
+
+
+def transports_of(columns: Iterable[Column]) -> list[str]:
+    """What carries the bytes of those columns that are stored."""
+    innermost = (column.column if isinstance(column, TimeColumn) else column for column in columns)
+    return sorted({column.transport for column in innermost if isinstance(column, LazyColumn)})
 
 
 def build_time_column(name: str, column: Column, time_units: str | None) -> TimeColumn:

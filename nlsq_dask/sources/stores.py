@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
+import fsspec
 import h5py
 import xarray as xr
-import zarr
 from zarr.abc.store import Store as ZarrStore
 
-from nlsq_dask.errors import StoreNotFoundError
+from nlsq_dask.errors import StoreDeniedError, StoreNotFoundError
+from nlsq_dask.sources.objects import (
+    PROTOCOLS,
+    build_object_store,
+    protocol_of,
+    without_credentials,
+)
+from nlsq_dask.sources.transport import redacted, reported
 
 __all__ = ["open_store"]
+
+_ANSWER_SECONDS = 30
+_HDF5_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".he5")
 
 
 def open_store(
@@ -24,50 +37,116 @@ def open_store(
 ) -> xr.Dataset:
     """Open a Zarr or HDF5/netCDF4 store lazily, without Dask and without loading coordinates.
 
-    HDF5 is read through h5py (xarray's ``h5netcdf`` engine); datasets without dimension scales
-    get dimensions ``phony_dim_0``, … by length.
+    A URL is of Zarr, and read by obstore or by fsspec: `nlsq_dask.sources.objects` has the rule.
+    HDF5 is a local file, read through h5py (xarray's ``h5netcdf`` engine); datasets without
+    dimension scales get dimensions ``phony_dim_0``, … by length.
 
     Raises
     ------
     StoreNotFoundError
         If nothing is there.
+    StoreDeniedError, StoreUnreachableError
+        If it may not be read, or what should serve it does not answer within half a minute.
+    ImportError
+        If a package is missing, with the extra that has it.
     ValueError
         If what is there is neither a Zarr group nor an HDF5 file.
     """
     if isinstance(store, ZarrStore):
-        return _open_zarr(store, None)
-    path = os.fspath(store)
-    is_local = "://" not in path
-    if is_local and not Path(path).exists():
+        return _open_zarr(store, None, redacted(repr(store)))
+    path = _local_path(os.fspath(store))
+    if "://" in path:
+        return _open_url(path, storage_options or {})
+    if not Path(path).exists():
         raise StoreNotFoundError(f"`ds` must name a store that exists, got {path!r}")
-    if is_local and storage_options:
+    if storage_options:
         raise ValueError(
             f"`storage_options` must go with a URL, got the local path {path!r} and options "
             f"{sorted(storage_options)}"
         )
-    if is_local and Path(path).is_file() and not path.endswith(".zip"):
+    if Path(path).is_file() and not path.endswith(".zip"):
         return _open_hdf5(path)
-    return _open_zarr(path, storage_options)
+    return _open_zarr(path, None, repr(path))
 
 
-def _open_zarr(store: Any, storage_options: Mapping[str, Any] | None) -> xr.Dataset:
-    options = dict(storage_options) if storage_options else None
+def _local_path(given: str) -> str:
+    """A URL of this machine's own files as the path that it is."""
+    return url2pathname(urlsplit(given).path) if given.startswith("file://") else given
+
+
+def _open_url(given: str, storage_options: Mapping[str, Any]) -> xr.Dataset:
+    url, options = without_credentials(given, storage_options)
+    name = repr(redacted(url))
+    if protocol_of(url) in PROTOCOLS and urlsplit(url).query:
+        raise ValueError(
+            f"`ds` must be a URL without a query, got {name}: a Zarr store is many objects, and a "
+            "query, such as a signature, is for one; give credentials by `storage_options`"
+        )
+    if urlsplit(url).path.endswith(_HDF5_SUFFIXES):
+        # h5py reads a URL through a file object of Python's, and crashes when the process ends.
+        raise ValueError(
+            f"`ds` must be a Zarr group where it is a URL, got {name}, an HDF5 file by its name; "
+            "copy it to a disk that the workers see, or make a virtual Zarr store of it "
+            "(VirtualiZarr, kerchunk) and pass the dataset that xarray opens of that"
+        )
+    with reported(name):
+        store = build_object_store(url, options)
+    if store is not None:
+        return _open_zarr(store, None, name)
+    with _refused(name):
+        _await_answer(url, options)
+    return _open_zarr(url, options, name)
+
+
+def _await_answer(url: str, options: Mapping[str, Any]) -> None:
+    """Ask once what fsspec is to read: left to itself it may wait for minutes."""
+    fs, path = fsspec.core.url_to_fs(url, **options)
+    if fs.async_impl:
+        fsspec.asyn.sync(fs.loop, fs._exists, path, timeout=_ANSWER_SECONDS)
+
+
+def _open_zarr(store: Any, options: Mapping[str, Any] | None, name: str) -> xr.Dataset:
     try:
-        with warnings.catch_warnings():
-            # Format 3 does not have consolidated metadata; not finding it is no news.
-            warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
-            return xr.open_dataset(
-                store,
-                engine="zarr",
-                chunks=None,
-                cache=False,
-                storage_options=options,
-                create_default_indexes=False,
-            )
-    except (FileNotFoundError, zarr.errors.NodeNotFoundError) as error:
-        raise StoreNotFoundError(f"`ds` must name a Zarr group, got {store!r}: {error}") from error
-    except (ValueError, ImportError) as error:  # an array, an unknown protocol or its package
-        raise ValueError(f"`ds` must name a Zarr group, got {store!r}: {error}") from error
+        return _open_group(store, options, name, None)
+    except StoreDeniedError:
+        # Who may not list is denied what does not exist, and so the other format's metadata.
+        for zarr_format in (3, 2):
+            with contextlib.suppress(StoreDeniedError, StoreNotFoundError):
+                return _open_group(store, options, name, zarr_format)
+        raise
+
+
+def _open_group(
+    store: Any, options: Mapping[str, Any] | None, name: str, zarr_format: int | None
+) -> xr.Dataset:
+    with warnings.catch_warnings(), _refused(name):
+        # Format 3 does not have consolidated metadata; not finding it is no news.
+        warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
+        return xr.open_dataset(
+            store,
+            engine="zarr",
+            chunks=None,
+            cache=False,
+            storage_options=dict(options) if options else None,
+            zarr_format=zarr_format,
+            create_default_indexes=False,
+        )
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """What keeps a store from being opened, in words that hold no secrets."""
+    try:
+        with reported(name):
+            yield
+    except ImportError as error:
+        raise ImportError(
+            f"`ds` must be of a protocol whose package is installed, got {name}: {error}; "
+            "pip install 'nlsq-dask[cloud]', and where options of fsspec's own are given, gcsfs "
+            "for Google Cloud, adlfs for Azure"
+        ) from None
+    except (ValueError, TypeError) as error:  # an array, an unknown protocol, an unknown option
+        raise ValueError(f"`ds` must name a Zarr group, got {name}: {redacted(error)}") from None
 
 
 def _open_hdf5(path: str) -> xr.Dataset:
