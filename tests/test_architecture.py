@@ -48,11 +48,12 @@ ORDER = [
     {"solvers.minimize", "solvers.end_point", "objective.penalised"},
     {"results.session"},
     {"results.residuals", "results.streaming", "results.profile", "results.unit_text"},
-    {"results.units", "results.plain", "results.rows"},
+    {"results.units", "results.plain", "results.rows", "results.convergence_svg"},
     {"results.provenance"},
     {"results.outcome"},
     {"results.intervals", "results.labelled", "results.summary"},
-    {"results.prediction", "results.saving"},
+    {"results.prediction", "results.saving", "results.html", "results.sampled"},
+    {"results.plot"},
     {"results.covariance", "results.diagnostics", "objective.dense", "results.result"},
     {"warmup.multistart", "warmup.descents"},
     {"warmup.state"},
@@ -135,7 +136,7 @@ def test_files_and_functions_are_small(path):
 
 
 @pytest.mark.parametrize(
-    "heavy", ["dask", "distributed", "xarray", "pandas", "zarr", "scipy.stats"]
+    "heavy", ["dask", "distributed", "xarray", "pandas", "zarr", "scipy.stats", "matplotlib"]
 )
 def test_importing_loads_only_what_every_fit_needs(heavy):
     """The rest, whoever uses it has loaded already or waits for it once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from nlsq_dask.model import Model, parameter_names, require_jac, unwrap_jit
 from nlsq_dask.plan import choose_leaf_shape
 from nlsq_dask.results.intervals import width_in_errors
 from nlsq_dask.results.outcome import Outcome
-from nlsq_dask.results.rows import Quantity, RowTask, pickled_model
+from nlsq_dask.results.rows import Quantity, RowTask, pickled_model, token_of
 from nlsq_dask.sources.dask import is_dask_array
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.origin import VariableRecord
@@ -25,7 +24,7 @@ from nlsq_dask.sources.origin import VariableRecord
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["attached_model", "predict", "prediction_band", "residuals"]
+__all__ = ["attached_model", "predict", "prediction_band", "require_model", "residuals"]
 
 _Chunks: TypeAlias = dict[str, tuple[int, ...]]  # lengths of the blocks along each dimension
 
@@ -57,14 +56,14 @@ class _Place:
 
 def predict(fit: Outcome, ds: Any) -> xr.DataArray:
     """What `FitResult.predict` documents."""
-    model = _require_model(fit)
+    model = require_model(fit)
     place = _place(fit, ds)
     return _labelled(fit, place, _blocks(fit, model, place, "prediction", ()), "prediction")
 
 
 def residuals(fit: Outcome, ds: Any) -> xr.DataArray:
     """What `FitResult.residuals` documents."""
-    model = _require_model(fit)
+    model = require_model(fit)
     place = _place(fit, ds)
     if place.y is None:
         raise ValueError(
@@ -80,7 +79,7 @@ def prediction_band(fit: Outcome, ds: Any, level: float) -> xr.Dataset:
     """What `FitResult.prediction_band` documents."""
     width = width_in_errors(fit, level)
     pcov, _ = fit.require_covariance("`prediction_band`")
-    model = _require_model(fit)
+    model = require_model(fit)
     place = _place(fit, ds)
     value = _blocks(fit, model, place, "prediction", ())
     error = _blocks(fit, model, place, "standard_error", _directions(pcov))
@@ -140,7 +139,8 @@ def attached_model(fit: Outcome, function: ModelFunction) -> Model:
     )
 
 
-def _require_model(fit: Outcome) -> Model:
+def require_model(fit: Outcome) -> Model:
+    """The model, or an error that says how to attach it."""
     if fit.model is None:
         raise ModelError(
             "predictions need the model, which is neither saved nor pickled: give it to "
@@ -311,7 +311,7 @@ def _blocks(
     constants = [payload, fit.popt, *given]
     task = RowTask(
         quantity=quantity,
-        token=hashlib.sha256(payload.tobytes()).hexdigest(),
+        token=token_of(payload),
         axes=tuple(tuple(used.index(str(d)) for d in v.dims) for v in place.variables),
         times=tuple(variable.axis for variable in fit.provenance.data.x),
         full_shape=tuple(max(place.chunks[dim], default=0) for dim in used),

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from nlsq_dask._typing import Float, ModelFunction
+from nlsq_dask.results.html import to_html
 from nlsq_dask.results.intervals import confidence_interval
 from nlsq_dask.results.labelled import to_dataset
 from nlsq_dask.results.outcome import Outcome
+from nlsq_dask.results.plot import plot
 from nlsq_dask.results.prediction import attached_model, predict, prediction_band, residuals
 from nlsq_dask.results.residuals import Residuals
 from nlsq_dask.results.saving import load, save
@@ -21,6 +23,7 @@ from nlsq_dask.results.summary import summarise
 
 if TYPE_CHECKING:
     import xarray as xr
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["FitResult"]
 
@@ -366,6 +369,34 @@ class FitResult(Outcome, Mapping[str, Any]):
         bounds, units) and correlations; last what a reader should be warned of.
         """
         return summarise(self)
+
+    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+        """Draw data and model, residuals, their means by chunk, and convergence.
+
+        Parameters
+        ----------
+        figure : matplotlib Figure or SubFigure, optional
+            Where to draw. By default a new one of `matplotlib.pyplot`.
+
+        Returns
+        -------
+        matplotlib Figure or SubFigure
+            Data and residuals are of a sample, drawn again with the fit's seed: at most some
+            50,000 rows of a few hundred chunks, as a density where there are more than 3,000. Over
+            the variable where the model has one, else observed over predicted. The means by chunk
+            are of all rows, and were collected by the passes. A result from a file or another
+            process has no data: then only these means and the convergence are drawn.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed: ``pip install 'nlsq-dask[plot]'``.
+        """
+        return plot(self, figure)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the report as tables, and how the fit converged. Reads no data."""
+        return to_html(self)
 
     def __repr__(self) -> str:
         pairs = list(zip(self.param_names, self.popt, strict=True))

@@ -6,6 +6,7 @@ sent to a worker once, not inside every task.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -23,7 +24,7 @@ from nlsq_dask.model import Model
 from nlsq_dask.recent import Recent
 from nlsq_dask.sources.columns import TimeAxis
 
-__all__ = ["Quantity", "RowTask", "pickled_model"]
+__all__ = ["Quantity", "RowTask", "pickled_model", "token_of"]
 
 Quantity: TypeAlias = Literal["prediction", "standard_error"]
 
@@ -35,6 +36,11 @@ def pickled_model(model: Model, shapes: Sequence[Shape]) -> np.ndarray:
     with pickled_by_value(model.function), pickled_by_value(model.jac):
         payload = cloudpickle.dumps((model, tuple(shapes)))
     return np.frombuffer(payload, np.uint8)
+
+
+def token_of(payload: np.ndarray) -> str:
+    """What kernels of a pickled model are found by."""
+    return hashlib.sha256(payload.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
