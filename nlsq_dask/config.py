@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -405,3 +406,13 @@ class HybridStreamingConfig:
 
 def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _show_options(cls: Any) -> None:
+    """For help and completion by tab, which look at `__new__` first and would find no names."""
+    signature = inspect.signature(cls.__init__)
+    _, *options = signature.parameters.values()
+    cls.__signature__ = signature.replace(parameters=options)
+
+
+_show_options(HybridStreamingConfig)

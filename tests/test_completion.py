@@ -6,7 +6,7 @@ import pytest
 from IPython.core.completer import IPCompleter, provisionalcompleter
 
 import problems
-from nlsq_dask import fit_dataset
+from nlsq_dask import HybridStreamingConfig, fit_dataset
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,8 @@ def test_every_key_that_is_offered_is_there(completer):
 def test_attributes_are_offered(completer):
     texts = " ".join(offered(completer, "result.conf"))
     assert "confidence_interval" in texts
+
+
+def test_options_are_offered_by_name(completer):
+    completer.namespace["Config"] = HybridStreamingConfig
+    assert "distance_tol=" in offered(completer, "Config(dist")
