@@ -122,7 +122,7 @@ def _draw_chunks(fit: Outcome, ax: Axes) -> None:
     ax.axhline(0.0, color=_MODEL, lw=1.5)
     ax.errorbar(place, -mean, error, fmt=".", ms=4, lw=0.8, color=_DATA)
     what = "chunk" if chunks["leaves_per_bin"] == 1 else f"{chunks['leaves_per_bin']} chunks"
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="chunk", ylabel="(data - model) / sigma")
     ax.set_xlim(0, len(mean) * chunks["leaves_per_bin"])
     ax.set_title(f"Mean residual by {what}, all {fit.num_rows:,} rows", fontsize="medium")
@@ -144,7 +144,6 @@ def _draw_convergence(fit: Outcome, ax: Axes) -> None:
     ax.set_yscale("log")
     ax.set_xlim(0.5, max(passes, default=1) + 0.5)
     ax.locator_params(axis="x", integer=True)
-    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="pass over the data", ylabel="distance to the minimum (std. errors)")
     ax.set_title(f"Convergence: {fit.status.name}", fontsize="medium")
     ax.legend(fontsize="small")
