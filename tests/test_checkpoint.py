@@ -209,7 +209,13 @@ def make_fit(what: str) -> tuple[xr.Dataset, Any, dict[str, Any], dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "what", ["sandwich", "mixed precision", "priors, ties, groups", "multistart"]
+    "what",
+    [
+        "sandwich",
+        pytest.param("mixed precision", marks=pytest.mark.slow),
+        pytest.param("priors, ties, groups", marks=pytest.mark.slow),
+        "multistart",
+    ],
 )
 def test_same_bits_from_any_pass(what, tmp_path):
     ds, model, arguments, options = make_fit(what)
@@ -229,6 +235,7 @@ def test_same_bits_from_any_pass(what, tmp_path):
         assert_same_bits(fit(resume_from_checkpoint=path), whole)
 
 
+@pytest.mark.slow
 def test_same_bits_where_another_optimum_wins_the_first_pass(tmp_path, monkeypatch):
     """The costs of the rivals are known before it is decided, and the file is written between."""
     from nlsq_dask import phases

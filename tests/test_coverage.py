@@ -14,7 +14,7 @@ from nlsq_dask import HybridStreamingConfig, fit_dataset
 
 LEVEL = 0.95
 NUM_ROWS = 100
-NUM_FITS = 200
+NUM_FITS = 120
 # The start is the truth's neighbour: what is tried here is the intervals.
 CONFIG = HybridStreamingConfig(max_warmup_iterations=0)
 
@@ -26,7 +26,7 @@ NOISE = {
 CASES = [
     ("equal", "classical", "asymptotic"),
     ("equal", "classical", "profile"),
-    ("growing", "HC1", "asymptotic"),
+    pytest.param("growing", "HC1", "asymptotic", marks=pytest.mark.slow),
 ]
 
 

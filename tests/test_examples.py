@@ -7,6 +7,7 @@ from pathlib import Path
 
 import iris_sample_data
 import numpy as np
+import pytest
 import scipy.linalg
 import scipy.optimize
 import xarray as xr
@@ -62,6 +63,7 @@ def assert_agrees(result, residual):
     np.testing.assert_allclose(result.perr, errors, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sea_surface_temperature(capsys):
     def days(times):
         return (times - np.datetime64("2006-01-01")) / np.timedelta64(1, "D")

@@ -74,7 +74,7 @@ def chunks(draw):
     return Chunk(x=(t, z), y=y, sigma=sigma, where=where)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     chunk=chunks(),
     tile_rows=st.sampled_from([8, 40, 1000]),

@@ -384,7 +384,7 @@ def test_cluster_and_process_agree_to_the_bit(client):
         assert chunks[0].tobytes() == chunks[1].tobytes()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     loss=st.sampled_from(ROBUST),
     chunk=st.sampled_from([1_000, 2_500]),
