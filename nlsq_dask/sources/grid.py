@@ -135,4 +135,7 @@ class GridSource:
 def as_floating(values: np.ndarray) -> np.ndarray:
     """float32 and float64 as they are, everything else as float64."""
     kept = values.dtype in (np.dtype(np.float32), np.dtype(np.float64))
-    return values if kept and values.dtype.isnative else values.astype(np.float64)
+    if kept and values.dtype.isnative:
+        return values
+    with np.errstate(over="ignore"):  # of longer floats, to infinity, which is left out
+        return values.astype(np.float64)
