@@ -134,10 +134,11 @@ def _one_array(value: Any) -> Array:
 
 
 def _real(argument: str, value: Any) -> Array:
-    with contextlib.suppress(TypeError, ValueError):
-        array = jnp.asarray(value)
-        if array.dtype.kind in "fiub":
-            return array
+    if not isinstance(value, str):  # JAX would take it for the name of a dtype
+        with contextlib.suppress(TypeError, ValueError):
+            array = jnp.asarray(value)
+            if array.dtype.kind in "fiub":
+                return array
     raise ModelError(f"`{argument}` must return arrays of real numbers, got {shown(value)}")
 
 

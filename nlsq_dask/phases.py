@@ -23,6 +23,7 @@ from nlsq_dask.model import check_elementwise
 from nlsq_dask.objective.dense import FullObjective, Passes, SampleObjective
 from nlsq_dask.objective.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.problem import Problem
+from nlsq_dask.require import is_scale
 from nlsq_dask.results.diagnostics import runs_of
 from nlsq_dask.results.report import Course, Gate, ScoresPass, build_result
 from nlsq_dask.results.result import FitResult
@@ -325,8 +326,11 @@ class _Fit:
             seed=self._config.seed,
             num_free=self._problem.space.num_free if self._problem.plan.is_matrix_free else 0,
         )
-        if sample.smallest_sigma <= 0:
-            raise DataError(f"`sigma` must be positive in every row, got {sample.smallest_sigma!r}")
+        if sample.smallest_sigma < np.inf and not is_scale(sample.smallest_sigma):
+            raise DataError(
+                "`sigma` must be positive in every row, of a size whose square is a number, "
+                f"got {sample.smallest_sigma!r}"
+            )
         self._refuse_invalid(sample.num_invalid, "a sample of")
         return sample
 

@@ -455,16 +455,11 @@ def _require_ordered(
 
 
 def held_names(fixed: Any) -> tuple[str, ...]:
-    """The names in `fixed`, once: an iterator has them only once.
-
-    Raises
-    ------
-    TypeError
-        If it is something else; a mapping in particular, whose values would say nothing.
-    """
+    """The names in `fixed`. An iterator has them once; values of a mapping would say nothing."""
     if isinstance(fixed, str):
         return (fixed,)
-    if not isinstance(fixed, Iterable) or isinstance(fixed, Mapping | bytes):
+    is_point = isinstance(fixed, np.ndarray) and fixed.ndim == 0
+    if not isinstance(fixed, Iterable) or isinstance(fixed, Mapping | bytes) or is_point:
         raise TypeError(
             f"`fixed` must be names of parameters, held at their start, got {shown(fixed)}; "
             "say where they start by `p0`"

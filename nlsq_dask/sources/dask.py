@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
-from nlsq_dask.errors import DataError
+from nlsq_dask.sources.base import plain_block
 
 __all__ = ["DaskColumn", "is_dask_array", "require_plain_blocks"]
 
@@ -53,19 +53,9 @@ class DaskColumn:
             import distributed
 
             client = distributed.futures_of(part)[0].client
-            return self._as_declared(client.compute(part).result())
+            return plain_block(client.compute(part).result(), self.dtype)
         with dask.config.set(scheduler="synchronous"):
-            return self._as_declared(part.compute())
-
-    def _as_declared(self, block: Any) -> np.ndarray:
-        """A block of another kind of number would lose digits, or its imaginary part."""
-        array = np.asarray(block)
-        if array.dtype.kind != self.dtype.kind:
-            raise DataError(
-                f"`ds` must have Dask arrays whose blocks are of the dtype that they declare, "
-                f"{self.dtype}, got a block of {array.dtype}"
-            )
-        return array
+            return plain_block(part.compute(), self.dtype)
 
 
 def is_dask_array(value: object) -> TypeGuard[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
-from nlsq_dask.sources.base import Chunk, Column
+from nlsq_dask.sources.base import Chunk, Column, plain_block
 
 __all__ = ["GridSource", "RemoteColumn"]
 
@@ -98,7 +98,7 @@ class GridSource:
         parts = {
             role: self._align(
                 column,
-                blocks[role]
+                plain_block(blocks[role], column.dtype)
                 if role in blocks
                 else column.read(tuple(region[dim] for dim in column.dims)),
             )
