@@ -14,20 +14,18 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.clients import require_client
-from nlsq_dask.optimizer import (
-    AdaptiveHybridStreamingOptimizer,
-    require_callback,
-    require_config,
-)
+from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, require_config
 from nlsq_dask.parameters.space import (
     BoundsLike,
     ParameterSpace,
     StartsLike,
     build_parameter_space,
     claimed_names,
+    held_names,
 )
 from nlsq_dask.phases import NanPolicy
 from nlsq_dask.progress import require_progress
+from nlsq_dask.require import require_callback, require_choice, require_flag, require_integer
 from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.sources.arrays import build_array_source, require_finite
@@ -37,7 +35,7 @@ from nlsq_dask.telemetry import Callback
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["curve_fit", "fit_dataset", "require_choice", "with_scipy_options"]
+__all__ = ["curve_fit", "fit_dataset", "with_scipy_options"]
 
 
 def fit_dataset(
@@ -199,6 +197,7 @@ def fit_dataset(
     require_callback(callback)
     require_progress(progress)
     require_client(client)
+    fixed = held_names(fixed)
     rows = resolve_dataset(
         ds,
         model,
@@ -307,6 +306,10 @@ def curve_fit(
     optimizer = AdaptiveHybridStreamingOptimizer(with_scipy_options(require_config(config), kwargs))
     require_client(client)
     require_progress(progress)
+    require_flag("full_output", full_output)
+    if check_finite is not None:
+        require_flag("check_finite", check_finite)
+    require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
     source = build_array_source(xdata, ydata, sigma)
     rows = resolve_arrays(
         source,
@@ -315,6 +318,7 @@ def curve_fit(
         bounds=bounds,
         stack_axis=0 if np.ndim(xdata) != 1 else None,
         jac=jac,
+        argument="f",
     )
     space = build_parameter_space(rows.model.parameters, {}, p0, bounds, start_within=_scipy_start)
     method = _require_method(method, space)
@@ -323,7 +327,6 @@ def curve_fit(
             f"Improper input: func input vector length N={space.size} must not exceed func "
             f"output vector length M={source.num_rows}"
         )
-    require_choice("nan_policy", nan_policy, (None, "raise", "omit"))
     refuses = nan_policy is None if check_finite is None else check_finite
     if refuses:
         require_finite(source)
@@ -354,14 +357,24 @@ def _scipy_start(lower: Vector, upper: Vector) -> Vector:
 def with_scipy_options(
     config: HybridStreamingConfig, options: dict[str, Any]
 ) -> HybridStreamingConfig:
+    """The configuration with SciPy's options in it, those of them that are not None."""
     names = {"ftol": "ftol", "xtol": "xtol", "gtol": "gtol"}
-    names |= dict.fromkeys(("max_nfev", "maxfev"), "gauss_newton_max_iterations")
+    trials = ("max_nfev", "maxfev")
+    names |= dict.fromkeys(trials, "gauss_newton_max_iterations")
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise TypeError(
             f"curve_fit() got unexpected arguments {unknown}; beside those of its signature it "
             f"takes {sorted([*names, 'loss', 'f_scale'])}"
         )
+    limits = [name for name in trials if options.get(name) is not None]
+    if len(limits) > 1:
+        raise TypeError(
+            f"`max_nfev` and `maxfev` are two names of one limit, got {options['max_nfev']!r} and "
+            f"{options['maxfev']!r}"
+        )
+    for name in limits:
+        require_integer(name, options[name], 1)
     given = {names[name]: value for name, value in options.items() if value is not None}
     return replace(config, **given)
 
@@ -376,8 +389,3 @@ def _require_method(method: str | None, space: ParameterSpace) -> str:
             "Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox'."
         )
     return method
-
-
-def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")

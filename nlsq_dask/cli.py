@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from nlsq_dask._typing import ModelFunction, Vector
 from nlsq_dask._version import __version__
 from nlsq_dask.api import fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
+from nlsq_dask.config_file import read_options
 from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.losses import LOSSES
 from nlsq_dask.results.result import FitResult
@@ -306,7 +306,10 @@ def _read_interval(text: str) -> tuple[float | None, float | None]:
 def _read_option(text: str) -> Any:
     """Text, but for true, false and objects, ``client_kwargs={"region_name": "eu-west-1"}``."""
     is_json = text in ("true", "false") or text.startswith("{")
-    return json.loads(text) if is_json else text
+    try:
+        return json.loads(text) if is_json else text
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _read_scale(ctx: click.Context, param: click.Parameter, text: str) -> float | str:
@@ -324,10 +327,8 @@ def _read_config(
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
-        options = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        return HybridStreamingConfig.from_mapping(options)
-    except (ValueError, TypeError) as error:
+        return HybridStreamingConfig.from_mapping(read_options(path))
+    except (ValueError, TypeError, OSError) as error:
         raise click.BadParameter(f"{str(path)!r}: {error}", ctx, param) from None
 
 
@@ -341,6 +342,11 @@ def _load_model(ctx: click.Context, param: click.Parameter, text: str) -> ModelF
         module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     except (ImportError, SyntaxError, OSError) as error:
         raise click.BadParameter(f"cannot load {place!r}: {error}", ctx, param) from error
+    except SystemExit as error:  # its status would be taken for that of a fit
+        message = (
+            f"cannot load {place!r}: it exits, with {error.code!r}, instead of defining {name!r}"
+        )
+        raise click.BadParameter(message, ctx, param) from error
     function: ModelFunction | None = vars(module).get(name)
     if function is None or not callable(function):
         members = inspect.getmembers(module, inspect.isfunction)

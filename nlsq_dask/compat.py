@@ -11,19 +11,26 @@ classes return what there is, whose ``success`` says so.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from nlsq_dask._typing import ModelFunction
-from nlsq_dask.api import require_choice, with_scipy_options
+from nlsq_dask.api import with_scipy_options
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.clients import require_client
+from nlsq_dask.model import parameter_names, unwrap_jit
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, open_spool, require_config
 from nlsq_dask.parameters.space import BoundsLike, StartsLike
+from nlsq_dask.require import (
+    require_choice,
+    require_flag,
+    require_integer,
+    require_positive,
+    shown,
+)
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.status import Status
 
@@ -116,7 +123,8 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, _METHODS)
-        Criterion(loss=self.loss, f_scale=self.f_scale)
+        Criterion(loss=self.loss, f_scale=self.f_scale, absolute_sigma=self.absolute_sigma)
+        require_flag("show_progress", self.show_progress)
         require_client(self.client)
         require_config(self.config)
 
@@ -253,10 +261,8 @@ class LDMemoryConfig:
     min_chunk_size: int = 100_000
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_memory_gb) and self.max_memory_gb > 0):
-            raise ValueError(f"`max_memory_gb` must be positive, got {self.max_memory_gb!r}")
-        if self.min_chunk_size < 1:
-            raise ValueError(f"`min_chunk_size` must be at least 1, got {self.min_chunk_size!r}")
+        require_positive("max_memory_gb", self.max_memory_gb)
+        require_integer("min_chunk_size", self.min_chunk_size, 1)
 
     @property
     def chunk_size(self) -> int:
@@ -293,6 +299,10 @@ class LargeDatasetFitter:
     ) -> None:
         self._model, self._data, self._p0, self._sigma = model, (x, y), p0, sigma
         chosen = FitOptions(**options)
+        if not isinstance(memory_config, LDMemoryConfig | None):
+            raise TypeError(
+                f"`memory_config` must be an LDMemoryConfig, got {shown(memory_config)}"
+            )
         if memory_config is not None:
             config = replace(require_config(chosen.config), chunk_size=memory_config.chunk_size)
             chosen = replace(chosen, config=config)
@@ -330,8 +340,7 @@ class StreamingConfig:
     optimizer: str = "adam"
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size!r}")
+        require_integer("batch_size", self.batch_size, 1)
 
 
 class StreamingOptimizer:
@@ -382,7 +391,8 @@ class StreamingOptimizer:
     ) -> None:
         config = StreamingConfig() if config is None else config
         if not isinstance(config, StreamingConfig):
-            raise TypeError(f"`config` must be a StreamingConfig, got {config!r}")
+            raise TypeError(f"`config` must be a StreamingConfig, got {shown(config)}")
+        parameter_names(unwrap_jit(model))  # before any batch is kept
         self._model, self._p0 = model, p0
         self._options = FitOptions(**options)
         self._spool = open_spool(

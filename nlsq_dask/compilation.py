@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-__all__ = ["compile_seconds", "keep_compiled"]
+__all__ = ["compile_seconds", "keep_compiled", "require_folder"]
 
 _STAGES = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
@@ -23,6 +24,25 @@ def compile_seconds() -> float:
     """Seconds in which this process was lowering or compiling, in one thread or several."""
     with _LOCK:
         return sum(end - start for start, end in _intervals)
+
+
+def require_folder(folder: str) -> None:
+    """See that what is compiled can be kept: JAX would only warn, at each program.
+
+    Raises
+    ------
+    ValueError
+        If the folder is not there and cannot be made.
+    """
+    if "://" in folder:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`compilation_cache_dir` must be a folder, or the name of a new one, got {folder!r}: "
+            f"{type(error).__name__}: {error.strerror}"
+        ) from error
 
 
 def keep_compiled(folder: str) -> None:

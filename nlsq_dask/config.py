@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, Literal, Self, TypeAlias
 
 from nlsq_dask.options import (
@@ -21,6 +20,14 @@ from nlsq_dask.options import (
     unknown_option,
 )
 from nlsq_dask.presets import PRESETS
+from nlsq_dask.require import (
+    real_array,
+    require_choice,
+    require_integer,
+    require_path,
+    require_positive,
+    shown,
+)
 
 __all__ = ["HybridStreamingConfig", "Precision"]
 
@@ -238,7 +245,7 @@ class HybridStreamingConfig:
     max_passes: int | None = None
     max_seconds: float | None = None
 
-    def __new__(cls, *args: object, **options: object) -> Self:
+    def __new__(cls, /, *args: object, **options: object) -> Self:
         """Explain names that are not options, before the dataclass merely refuses them."""
         known = [field.name for field in fields(cls)]
         for name in options:
@@ -252,18 +259,16 @@ class HybridStreamingConfig:
         for name in (*POSITIVE, *BELOW_ONE):
             self._require_positive(name)
         for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
+            flag = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise ValueError(f"`{name}` must be True or False, got {shown(flag)}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {list(choices)}, got {getattr(self, name)!r}"
-                )
+            require_choice(name, getattr(self, name), choices)
         for name in ("max_sample_fraction", *BELOW_ONE):
             if getattr(self, name) > 1:
-                raise ValueError(f"`{name}` must be at most 1, got {getattr(self, name)!r}")
+                raise ValueError(f"`{name}` must be at most 1, got {shown(getattr(self, name))}")
         if self.verbose > 2:
-            raise ValueError(f"`verbose` must be 0, 1 or 2, got {self.verbose!r}")
+            raise ValueError(f"`verbose` must be 0, 1 or 2, got {shown(self.verbose)}")
         for name in ("checkpoint_dir", "resume_from_checkpoint", "compilation_cache_dir"):
             self._set_path(name)
         self._set_criteria()
@@ -274,17 +279,13 @@ class HybridStreamingConfig:
         value = getattr(self, name)
         if value is None and name in OPTIONAL:
             return
-        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-        if not is_integer or value < smallest:
-            raise ValueError(f"`{name}` must be an integer >= {smallest}, got {value!r}")
+        require_integer(name, value, smallest)
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
         if value is None and name in OPTIONAL:
             return
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"`{name}` must be a positive finite number, got {value!r}")
+        require_positive(name, value)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -293,16 +294,18 @@ class HybridStreamingConfig:
         value = getattr(self, name)
         if value is None:
             return
-        if not isinstance(value, str) and not hasattr(value, "__fspath__"):
-            raise ValueError(f"`{name}` must be a path, got {value!r}")
-        self._set(name, str(value))
+        try:
+            self._set(name, require_path(name, value))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def _set_criteria(self) -> None:
         given: Any = self.active_switching_criteria
         names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
         if not names or any(name not in CRITERIA for name in names):
             raise ValueError(
-                f"`active_switching_criteria` must name some of {list(CRITERIA)}, got {given!r}"
+                f"`active_switching_criteria` must name some of {list(CRITERIA)}, "
+                f"got {shown(given)}"
             )
         self._set("active_switching_criteria", names)
 
@@ -319,7 +322,7 @@ class HybridStreamingConfig:
         if not pairs or any(not 0 <= start < end for start, end in pairs):
             raise ValueError(
                 "`group_variance_indices` must be (start, end) slices of the parameter vector with "
-                f"0 <= start < end, got {given!r}"
+                f"0 <= start < end, got {shown(given)}"
             )
         self._set("group_variance_indices", pairs)
 
@@ -331,14 +334,14 @@ class HybridStreamingConfig:
                     "`residual_weights` must be given with `enable_residual_weighting`, got None"
                 )
             return
-        values = list(given) if hasattr(given, "__iter__") and not isinstance(given, str) else []
-        usable = all(isinstance(v, Real) and math.isfinite(v) and float(v) >= 0 for v in values)
-        if not values or not usable or not any(values):
+        weights = real_array("residual_weights", given)
+        usable = ((weights >= 0) & (weights < math.inf)).all()
+        if weights.ndim != 1 or not usable or not weights.any():
             raise ValueError(
                 "`residual_weights` must be finite, not negative and not all zero, one for each "
-                f"group, got {given!r}"
+                f"group, got {shown(given)}"
             )
-        self._set("residual_weights", tuple(float(v) for v in values))
+        self._set("residual_weights", tuple(weights.tolist()))
 
     # -- other forms
 
@@ -354,7 +357,7 @@ class HybridStreamingConfig:
             If a value is out of range.
         """
         if not isinstance(options, Mapping):
-            raise TypeError(f"`options` must be a mapping of options by name, got {options!r}")
+            raise TypeError(f"`options` must be a mapping of options by name, got {shown(options)}")
         return cls(**{str(name): value for name, value in options.items()})
 
     def as_dict(self) -> dict[str, Any]:

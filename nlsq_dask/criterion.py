@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.losses import LOSSES
-from nlsq_dask.parameters.penalties import Penalties, build_priors
+from nlsq_dask.parameters.penalties import Penalties, build_priors, require_priors
 from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.problem import CovarianceKind
+from nlsq_dask.require import as_number, is_scale, require_choice, require_flag, shown
 
 __all__ = ["Criterion", "build_penalties"]
 
@@ -50,19 +49,22 @@ class Criterion:
     is_clustered: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss not in list(LOSSES):
-            raise ValueError(f"`loss` must be one of {list(LOSSES)}, got {self.loss!r}")
-        scale: Any = self.f_scale
-        is_number = isinstance(scale, Real) and not isinstance(scale, bool)
-        if scale != "mad" and not (is_number and math.isfinite(scale) and scale > 0):
-            raise ValueError(f"`f_scale` must be a positive finite number or 'mad', got {scale!r}")
+        require_choice("loss", self.loss, list(LOSSES))
+        if not isinstance(self.f_scale, str) or self.f_scale != "mad":
+            scale = as_number(self.f_scale)
+            if scale is None or not is_scale(scale):
+                raise ValueError(
+                    "`f_scale` must be 'mad' or a positive number, of which the square is finite "
+                    f"and not zero, got {shown(self.f_scale)}"
+                )
+        require_flag("absolute_sigma", self.absolute_sigma)
+        require_priors(self.priors)
         if self.priors and not self.absolute_sigma:
             raise ValueError(
                 "`priors` must go with `absolute_sigma=True`: they cannot be weighed against "
                 "residuals of unknown scale"
             )
-        if self.covariance not in _KINDS:
-            raise ValueError(f"`covariance` must be one of {list(_KINDS)}, got {self.covariance!r}")
+        require_choice("covariance", self.covariance, _KINDS)
         if self.is_clustered and self.covariance != "auto":
             raise ValueError(
                 "`covariance` must be left out beside `cluster`, which is a sandwich of its own, "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 from nlsq_dask._typing import Array, Float, ModelFunction, Shape, abstract
 from nlsq_dask.errors import ModelError, UntraceableModelError
 from nlsq_dask.recent import Recent
+from nlsq_dask.require import shown
+from nlsq_dask.traces import Trace, trace_of
 
 __all__ = [
     "Model",
@@ -52,7 +54,7 @@ class Model:
     def __call__(self, x: Sequence[Array], params: Sequence[Array]) -> Array:
         """Evaluate the model; differentiable by `params`, by the user's `jac` where given."""
         if self.jac is None:
-            return jnp.asarray(self.function(*self._variables(x), *params))
+            return _one_array(self.function(*self._variables(x), *params))
         return self._with_jac(tuple(x), tuple(params))
 
     def _variables(self, x: Sequence[Array]) -> Sequence[Array]:
@@ -63,7 +65,7 @@ class Model:
     def _with_jac(self, x: tuple[Array, ...], params: tuple[Array, ...]) -> Array:
         @jax.custom_jvp
         def evaluate(params: tuple[Array, ...]) -> Array:
-            return jnp.asarray(self.function(*self._variables(x), *params))
+            return _one_array(self.function(*self._variables(x), *params))
 
         @evaluate.defjvp
         def evaluate_jvp(
@@ -71,7 +73,14 @@ class Model:
         ) -> tuple[Array, Array]:
             value = evaluate(*primals)
             flat = jnp.concatenate([jnp.ravel(jnp.asarray(part)) for part in tangents[0]])
-            return value, jnp.broadcast_to(self._jacobian(x, primals[0]) @ flat, value.shape)
+            jacobian = self._jacobian(x, primals[0])
+            try:
+                return value, jnp.broadcast_to(jacobian @ flat, value.shape)
+            except ValueError:
+                raise ModelError(
+                    f"`jac` must return an array of the model's shape and one axis for the "
+                    f"parameters, {(*value.shape, flat.size)}, got shape {jacobian.shape}"
+                ) from None
 
         value: Array = evaluate(params)
         return value
@@ -98,11 +107,11 @@ class Model:
                 )
             shape = jnp.broadcast_shapes(*(np.shape(part) for part in x))
             columns = [
-                jnp.broadcast_to(column, shape + np.shape(part)).reshape(*shape, -1)
-                for column, part in zip(jacobian, params, strict=True)
+                _spread(name, column, shape, np.shape(part))
+                for name, column, part in zip(self.parameters, jacobian, params, strict=True)
             ]
             return jnp.concatenate(columns, axis=-1)
-        jacobian = jnp.asarray(jacobian)
+        jacobian = _real("jac", jacobian)
         if jacobian.ndim == 0 or jacobian.shape[-1] != size:
             raise ModelError(
                 f"`jac` must return an array whose last axis has length {size}, the number of "
@@ -111,44 +120,81 @@ class Model:
         return jacobian
 
 
+def _one_array(value: Any) -> Array:
+    """What a model returned: one array, or what broadcasts as one."""
+    if value is None or isinstance(value, tuple | list | dict | str):
+        raise ModelError(f"`model` must return one array of real numbers, got {shown(value)}")
+    try:
+        return jnp.asarray(value)
+    except TypeError:
+        raise UntraceableModelError(
+            f"`model` must return an array that JAX can trace, written with `jax.numpy`, "
+            f"got {shown(value)}"
+        ) from None
+
+
+def _real(argument: str, value: Any) -> Array:
+    if not isinstance(value, str):  # JAX would take it for the name of a dtype
+        with contextlib.suppress(TypeError, ValueError):
+            array = jnp.asarray(value)
+            if array.dtype.kind in "fiub":
+                return array
+    raise ModelError(f"`{argument}` must return arrays of real numbers, got {shown(value)}")
+
+
+def _spread(name: str, column: Any, shape: Shape, of_parameter: Shape) -> Array:
+    """The derivative by one parameter, over all rows: elements of the parameter last."""
+    array = _real("jac", column)
+    try:
+        return jnp.broadcast_to(array, shape + of_parameter).reshape(*shape, -1)
+    except ValueError:
+        raise ModelError(
+            f"`jac` must return for {name!r} an array that broadcasts to {shape + of_parameter}, "
+            f"got shape {array.shape}"
+        ) from None
+
+
 def require_jac(jac: ModelFunction | None) -> ModelFunction | None:
     """The derivative without `jax.jit`, or None for automatic differentiation."""
     if jac is None:
         return None
     if not callable(jac):
         raise TypeError(
-            f"`jac` must be callable, got {jac!r}; without it, derivatives are exact and automatic"
+            f"`jac` must be callable, got {shown(jac)}; without it, derivatives are exact and "
+            "automatic"
         )
     return unwrap_jit(jac)
 
 
-def parameter_names(function: ModelFunction) -> tuple[tuple[str, ...], bool, dict[str, Any]]:
+def parameter_names(
+    function: ModelFunction, argument: str = "model"
+) -> tuple[tuple[str, ...], bool, dict[str, Any]]:
     """The function's positional arguments, whether ``*args`` follow, and their defaults."""
     if not callable(function):
-        raise TypeError(f"`model` must be callable, got {function!r}")
+        raise TypeError(f"`{argument}` must be callable, got {shown(function)}")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise ModelError(
-            f"`model` must have a signature that Python can read, got {function!r}; "
+            f"`{argument}` must have a signature that Python can read, got {shown(function)}; "
             "wrap it in a def with named arguments"
         ) from None
     arguments = signature.parameters.values()
-    for argument in arguments:
-        is_required = argument.default is inspect.Parameter.empty
-        if argument.kind is inspect.Parameter.KEYWORD_ONLY and is_required:
+    for taken in arguments:
+        is_required = taken.default is inspect.Parameter.empty
+        if taken.kind is inspect.Parameter.KEYWORD_ONLY and is_required:
             raise ModelError(
-                f"`model` must take its variables and parameters by position, got the "
-                f"keyword-only argument {argument.name!r}"
+                f"`{argument}` must take its variables and parameters by position, got the "
+                f"keyword-only argument {taken.name!r}"
             )
-    positional = [argument for argument in arguments if argument.kind in _POSITIONAL]
-    has_varargs = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments)
+    positional = [taken for taken in arguments if taken.kind in _POSITIONAL]
+    has_varargs = any(taken.kind is inspect.Parameter.VAR_POSITIONAL for taken in arguments)
     defaults = {
-        argument.name: argument.default
-        for argument in positional
-        if argument.default is not inspect.Parameter.empty
+        taken.name: taken.default
+        for taken in positional
+        if taken.default is not inspect.Parameter.empty
     }
-    return tuple(argument.name for argument in positional), has_varargs, defaults
+    return tuple(taken.name for taken in positional), has_varargs, defaults
 
 
 def build_model(
@@ -210,9 +256,10 @@ def build_model(
     )
 
 
-def _explicit_variables(names: tuple[str, ...], x: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(x, Sequence):
-        raise TypeError(f"`x` must be a name or a sequence of names, got {x!r}")
+def _explicit_variables(names: tuple[str, ...], x: Any) -> tuple[str, ...]:
+    is_sequence = isinstance(x, Sequence) and not isinstance(x, bytes)
+    if not is_sequence or not all(isinstance(name, str) for name in x):
+        raise TypeError(f"`x` must be a name or a sequence of names, got {shown(x)}")
     variables = (x,) if isinstance(x, str) else tuple(x)
     if len(variables) > len(names):
         raise ModelError(
@@ -264,8 +311,11 @@ def check_traceable(
             f"`model` must return an array that broadcasts to the shape of `y`, {y_shape}, for "
             f"variables of shapes {[tuple(s) for s in x_shapes]}, got shape {shape}"
         )
-    if np.dtype(dtype).kind not in "fiub":
-        raise ModelError(f"`model` must return real numbers, got {np.dtype(dtype)}")
+    if np.dtype(dtype).kind != "f":
+        raise ModelError(
+            f"`model` must return real numbers with a fraction, for there are no derivatives of "
+            f"others, got {np.dtype(dtype)}"
+        )
     if first != second:
         raise ModelError(
             "`model` must be pure: two traces of it differ, so it has state or draws random "
@@ -275,7 +325,7 @@ def check_traceable(
 
 def _trace(
     model: Model, x: Sequence[jax.ShapeDtypeStruct], params: Sequence[Array]
-) -> tuple[Shape, Any, tuple[str, tuple[bytes, ...]]]:
+) -> tuple[Shape, Any, Trace]:
     def evaluate(x: Sequence[Array], params: Sequence[Array]) -> tuple[Array, Array]:
         params = tuple(params)
         return jax.jvp(lambda p: model(x, p), (params,), (params,))
@@ -290,9 +340,7 @@ def _trace(
             f"values. Calling {model.name}({', '.join(model.variables + model.parameters)}) "
             f"raised {type(error).__name__}: {_first_line(error)}"
         ) from error
-    constants = tuple(np.asarray(const).tobytes() for const in closed.consts)
-    text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses differ from trace to trace
-    return tuple(out[0].shape), out[0].dtype, (text, constants)
+    return tuple(out[0].shape), out[0].dtype, trace_of(closed)
 
 
 def _broadcasting(model: Model) -> Callable[..., Array]:

@@ -90,7 +90,8 @@ class RowSummary:
     @property
     def total_sum_of_squares(self) -> float:
         """``Σ w (y - ȳ)²`` about the weighted mean."""
-        return float(self.second - self.first**2 / self.weight) if self.weight > 0 else 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(self.second - self.first**2 / self.weight) if self.weight > 0 else 0.0
 
 
 @jax.tree_util.register_dataclass

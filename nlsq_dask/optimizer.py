@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy
 
 from nlsq_dask._typing import Float, ModelFunction, Vector
 from nlsq_dask.building import build_problem
-from nlsq_dask.compilation import keep_compiled
+from nlsq_dask.checkpoint.journal import find_places
+from nlsq_dask.compilation import keep_compiled, require_folder
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import FitInterrupted
@@ -29,7 +30,8 @@ from nlsq_dask.parameters.space import (
 from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.places import choose_client, open_evaluator_at, platform_at
 from nlsq_dask.progress import choose_progress, require_progress, telling
-from nlsq_dask.resolve import GivenModel, ModelledRows, require_absent
+from nlsq_dask.require import require_callback, shown
+from nlsq_dask.resolve import GivenModel, ModelledRows, given_model, require_absent
 from nlsq_dask.results.report import with_origin
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
@@ -40,7 +42,6 @@ from nlsq_dask.warmup.normalization import ParameterNormalizer
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
     "open_spool",
-    "require_callback",
     "require_config",
 ]
 
@@ -151,8 +152,9 @@ class AdaptiveHybridStreamingOptimizer:
         require_callback(callback)
         require_client(client)
         require_progress(progress)
+        self._with_verbose(verbose)
         criterion = Criterion(loss=loss, f_scale=f_scale, absolute_sigma=absolute_sigma)
-        given = GivenModel(_require_one("func", func, "model", model), p0, bounds)
+        given = given_model(func, model, p0, bounds)
         if isinstance(data_source, Iterator):
             require_absent(
                 "batches, which have their own", sigma=sigma, x_data=x_data, y_data=y_data
@@ -212,22 +214,24 @@ class AdaptiveHybridStreamingOptimizer:
     ) -> FitResult:
         """Check what can be checked without data, choose where to compute, and fit."""
         started = datetime.now(UTC)
-        config = self._config if verbose is None else replace(self._config, verbose=verbose)
-        shown = choose_progress(progress, config.verbose)
-        callback = telling(shown, callback)
+        config = self._with_verbose(verbose)
+        display = choose_progress(progress, config.verbose)
+        callback = telling(display, callback)
         if config.compilation_cache_dir is not None:
+            require_folder(config.compilation_cache_dir)
             keep_compiled(config.compilation_cache_dir)
         criterion = Criterion() if criterion is None else criterion
+        places = find_places(rows.model.name, config, checkpoint)
         client = choose_client(rows.source, space.num_free, client)
         platform = functools.partial(platform_at, client)
         problem = build_problem(rows, space, criterion, config, platform)
-        open_evaluator = functools.partial(open_evaluator_at, problem, config, client, shown)
+        open_evaluator = functools.partial(open_evaluator_at, problem, config, client, display)
         trace = functools.partial(
             with_origin, problem=problem, origin=rows.origin, nan_policy=nan_policy, started=started
         )
         try:
             result = trace(
-                fit_problem(problem, open_evaluator, config, nan_policy, callback, checkpoint)
+                fit_problem(problem, open_evaluator, config, nan_policy, callback, places)
             )
         except FitInterrupted as interrupt:
             interrupt.result = None if interrupt.result is None else trace(interrupt.result)
@@ -238,6 +242,9 @@ class AdaptiveHybridStreamingOptimizer:
         for text in result.diagnostics["warnings"]:
             warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
         return result
+
+    def _with_verbose(self, verbose: int | None) -> HybridStreamingConfig:
+        return self._config if verbose is None else replace(self._config, verbose=verbose)
 
     def set_residual_weights(self, weights: Sequence[float]) -> None:
         """Weight the squared residuals by group from the next fit on.
@@ -250,7 +257,7 @@ class AdaptiveHybridStreamingOptimizer:
         self._config = replace(
             self._config,
             enable_residual_weighting=True,
-            residual_weights=tuple(weights),
+            residual_weights=cast(Any, weights),  # made a tuple there
         )
 
     # -- the last fit, in NLSQ's words
@@ -344,26 +351,9 @@ def open_spool(
     return spool
 
 
-def _require_one(
-    first: str, one: ModelFunction | None, second: str, other: ModelFunction | None
-) -> ModelFunction:
-    given = one if other is None else other
-    if given is None or (one is not None and other is not None):
-        raise TypeError(f"`{first}` or `{second}` must be given, and not both")
-    return given
-
-
 def require_config(config: HybridStreamingConfig | None) -> HybridStreamingConfig:
     if config is None:
         return HybridStreamingConfig()
     if not isinstance(config, HybridStreamingConfig):
-        raise TypeError(f"`config` must be a HybridStreamingConfig, got {config!r}")
+        raise TypeError(f"`config` must be a HybridStreamingConfig, got {shown(config)}")
     return config
-
-
-def require_callback(callback: Any) -> None:
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback` must be callable, got {callback!r}")
-
-
-# -- the problem, and where it is computed

@@ -110,9 +110,9 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     reason = _DROPPED.get(name, _FIRST_ORDER if name.startswith(_DROPPED_PREFIX) else None)
     if reason is not None:
         return f"`{name}` is not an option any more: it {reason}"
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
-    return f"`{name}` is not an option of HybridStreamingConfig{hint}"
+    return f"`{name[:100]}` is not an option of HybridStreamingConfig{hint}"
 
 
 def pairs_of_integers(given: Any) -> tuple[tuple[int, int], ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from nlsq_dask._typing import Float, Vector
-from nlsq_dask.checkpoint.journal import Journal, open_journal
+from nlsq_dask.checkpoint.journal import Journal, Places, open_journal
 from nlsq_dask.checkpoint.ledger import Ledger
 from nlsq_dask.compilation import compile_seconds
 from nlsq_dask.config import HybridStreamingConfig
@@ -24,6 +23,7 @@ from nlsq_dask.model import check_elementwise
 from nlsq_dask.objective.dense import FullObjective, Passes, SampleObjective
 from nlsq_dask.objective.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.problem import Problem
+from nlsq_dask.require import is_scale
 from nlsq_dask.results.diagnostics import runs_of
 from nlsq_dask.results.report import Course, Gate, ScoresPass, build_result
 from nlsq_dask.results.result import FitResult
@@ -52,7 +52,7 @@ def fit_problem(
     config: HybridStreamingConfig,
     nan_policy: NanPolicy = "omit",
     callback: Callback | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    places: Places | None = None,
 ) -> FitResult:
     """Fit a problem that was checked at the edge.
 
@@ -71,7 +71,7 @@ def fit_problem(
     FitInterrupted
         In the place of a KeyboardInterrupt, with what the fit has come to.
     """
-    journal = open_journal(problem, config, nan_policy, checkpoint)
+    journal = open_journal(problem, config, nan_policy, Places() if places is None else places)
     with contextlib.closing(open_evaluator()) as evaluator:
         try:
             course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
@@ -326,8 +326,11 @@ class _Fit:
             seed=self._config.seed,
             num_free=self._problem.space.num_free if self._problem.plan.is_matrix_free else 0,
         )
-        if sample.smallest_sigma <= 0:
-            raise DataError(f"`sigma` must be positive in every row, got {sample.smallest_sigma!r}")
+        if sample.smallest_sigma < np.inf and not is_scale(sample.smallest_sigma):
+            raise DataError(
+                "`sigma` must be positive in every row, of a size whose square is a number, "
+                f"got {sample.smallest_sigma!r}"
+            )
         self._refuse_invalid(sample.num_invalid, "a sample of")
         return sample
 
@@ -481,4 +484,5 @@ def _data_square(sample: Sample) -> float:
     every = (slice(None),)
     y: Vector = sample.source.y.read(every)
     sigma = 1.0 if sample.source.sigma is None else sample.source.sigma.read(every)
-    return float(np.sum((y / sigma) ** 2))
+    with np.errstate(over="ignore"):
+        return float(np.sum((y / sigma) ** 2))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
+from nlsq_dask.require import shown
 from nlsq_dask.telemetry import Callback, IterationRecord
 
 __all__ = [
@@ -173,7 +174,7 @@ def choose_progress(progress: bool | None, verbose: int) -> Progress:
 
 def require_progress(progress: Any) -> None:
     if progress is not None and not isinstance(progress, bool):
-        raise TypeError(f"`progress` must be True, False or None, got {progress!r}")
+        raise TypeError(f"`progress` must be True, False or None, got {shown(progress)}")
 
 
 def telling(progress: Progress, callback: Callback | None) -> Callback | None:

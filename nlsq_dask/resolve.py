@@ -18,6 +18,7 @@ from nlsq_dask.parameters.space import (
     claimed_names,
     count_parameters,
 )
+from nlsq_dask.require import require_path, shown
 from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
 from nlsq_dask.sources.batches import Spool
@@ -37,6 +38,7 @@ __all__ = [
     "DatasetLike",
     "GivenModel",
     "ModelledRows",
+    "given_model",
     "require_absent",
     "resolve_arrays",
     "resolve_dataset",
@@ -81,8 +83,7 @@ def resolve_dataset(
     StoreNotFoundError
         If there is no store.
     """
-    if storage_options is not None and not _is_store(ds):
-        raise ValueError("`storage_options` must go with a path or URL, got another kind of `ds`")
+    _require_storage_options(storage_options, ds)
     given = _open(ds, storage_options)
     if _is_dataset(given):
         from nlsq_dask.sources.xarray import (
@@ -126,6 +127,7 @@ def resolve_arrays(
     jac: ModelFunction | None = None,
     is_temporary: bool = False,
     description: str = "",
+    argument: str = "model",
 ) -> ModelledRows:
     """SciPy's reading of a signature: the first argument is `x`, the rest are parameters.
 
@@ -143,17 +145,25 @@ def resolve_arrays(
         Whether the rows are gone after the fit.
     description : str
         Of the data, for the result.
+    argument : str
+        What the caller calls the function.
     """
     function = unwrap_jit(function)
-    names, has_varargs, defaults = parameter_names(function)
+    names, has_varargs, defaults = parameter_names(function, argument)
     parameters = names[1:]
     if has_varargs:
         count = count_parameters(p0, bounds)
         if count is None:
-            raise ValueError("Unable to determine number of fit parameters.")
+            raise ValueError(
+                f"Unable to determine number of fit parameters. `p0` must be given where "
+                f"`{argument}` takes any number of them, got neither `p0` nor `bounds` as long"
+            )
         parameters = tuple(f"p{i}" for i in range(count))
     elif len(names) < 2:
-        raise ValueError("Unable to determine number of fit parameters.")
+        raise ValueError(
+            f"Unable to determine number of fit parameters. `{argument}` must take the data and "
+            f"at least one parameter, got arguments {list(names)}"
+        )
     model = Model(
         function=function,
         variables=source.variables,
@@ -177,6 +187,7 @@ class GivenModel:
     function: ModelFunction
     p0: StartsLike
     bounds: BoundsLike
+    argument: str = "model"
 
     def space(self, rows: ModelledRows) -> ParameterSpace:
         model = rows.model
@@ -226,6 +237,7 @@ class GivenModel:
             stack_axis=-1 if is_stacked else None,
             is_temporary=is_temporary,
             description=description,
+            argument=self.argument,
         )
 
 
@@ -234,10 +246,46 @@ def _described(ds: Any) -> str:
     return describe_store(ds) if _is_store(ds) else ""
 
 
+def _require_storage_options(options: object, ds: object) -> None:
+    if options is None:
+        return
+    is_mapping = isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
+    if not is_mapping:
+        raise TypeError(
+            f"`storage_options` must be a mapping of fsspec's names to values, got {shown(options)}"
+        )
+    if not _is_store(ds):
+        raise ValueError(
+            "`storage_options` must go with a path or URL, got another kind of `ds`, "
+            f"{type(ds).__name__}"
+        )
+
+
+def given_model(
+    func: ModelFunction | None, model: ModelFunction | None, p0: StartsLike, bounds: BoundsLike
+) -> GivenModel:
+    """The function that is given by one of two names.
+
+    Raises
+    ------
+    TypeError, ModelError
+        If it is by both or none, or is no function whose arguments can be read.
+    """
+    if func is not None and model is not None:
+        raise TypeError("`func` or `model` must be given, and not both, got both")
+    name, function = ("func", func) if model is None else ("model", model)
+    if function is None:
+        raise TypeError("`func` or `model` must be given, got neither")
+    parameter_names(unwrap_jit(function), name)  # before any batch is asked for
+    return GivenModel(function, p0, bounds, name)
+
+
 def _open(ds: Any, storage_options: Mapping[str, Any] | None = None) -> Any:
     """The dataset in a store; what is none as it is."""
     if not _is_store(ds):
         return ds
+    if isinstance(ds, str | os.PathLike):
+        require_path("ds", ds)
     from nlsq_dask.sources.stores import open_store
 
     return open_store(ds, storage_options)
@@ -286,4 +334,4 @@ def _arrays(data: Any, sigma: Any, x_data: Any, y_data: Any) -> tuple[Any, Any, 
 def require_absent(kind: str, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"`{name}` must not be given with {kind}")
+            raise ValueError(f"`{name}` must not be given with {kind}, got {shown(value)}")

@@ -82,7 +82,8 @@ class Sample:
     @property
     def center(self) -> float:
         """About the mean of `y`."""
-        return float(np.mean(self.source.y.read((slice(None),))))
+        with np.errstate(over="ignore"):
+            return float(np.mean(self.source.y.read((slice(None),))))
 
     @property
     def fill(self) -> Float[np.ndarray, " variables"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -32,6 +33,19 @@ def start_cluster(num_workers: int, threads: int = 1, processes: bool = True) ->
         host="127.0.0.1" if processes else None,
         dashboard_address="127.0.0.1:0",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was tried with bad input and with hostile files, as their tests counted it."""
+    tally: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                tally.update({k: v for k, v in report.user_properties if isinstance(v, int)})
+    if tally:
+        terminalreporter.section("bad input and hostile files")
+        for what, count in tally.items():
+            terminalreporter.write_line(f"{count:>9,}  {what}")
 
 
 @pytest.fixture(scope="session")

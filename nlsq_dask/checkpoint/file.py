@@ -36,6 +36,7 @@ import numpy as np
 from nlsq_dask.atomic import sync_folder, temporary_beside
 from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
+from nlsq_dask.require import require_path
 
 __all__ = [
     "FORMAT_VERSION",
@@ -66,9 +67,7 @@ def local_path(argument: str, value: str | os.PathLike[str]) -> Path:
     TypeError, CheckpointError
         If it is not a path, or a URL.
     """
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"`{argument}` must be a path, got {value!r}")
-    text = os.fspath(value)
+    text = require_path(argument, value)
     if "://" in text:
         raise CheckpointError(
             f"`{argument}` must be a local path, got the URL {text!r}: a checkpoint is replaced "
@@ -85,13 +84,13 @@ def require_writable(argument: str, path: Path) -> None:
     CheckpointError
         If the folder is not there or not writable, or the file is no checkpoint.
     """
-    if path.exists() and not _is_checkpoint(path):
-        raise CheckpointError(
-            f"`{argument}` must name a new file or a checkpoint, got {str(path)!r}, which is "
-            "something else and would be overwritten"
-        )
     trial = temporary_beside(path)
     try:
+        if path.exists() and not _is_checkpoint(path):
+            raise CheckpointError(
+                f"`{argument}` must name a new file or a checkpoint, got {str(path)!r}, which is "
+                "something else and would be overwritten"
+            )
         with open(trial, "xb"):
             pass
         trial.unlink()
@@ -171,6 +170,12 @@ def read_checkpoint(path: Path) -> Sections:
         version of this package.
     """
     try:
+        # A pipe would be waited for, a device may have no end.
+        if path.exists() and not path.is_file():
+            raise CheckpointError(
+                f"`resume_from_checkpoint` must name a checkpoint, got {str(path)!r}, which is not "
+                "a file"
+            )
         with open(path, "rb") as file, _as_refusal(path):
             _check_digest(file)
             return _read_sections(file)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nlsq_dask._version import __version__
@@ -27,9 +28,18 @@ from nlsq_dask.errors import CheckpointError
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 
-__all__ = ["Journal", "open_journal"]
+__all__ = ["Journal", "Places", "find_places", "open_journal"]
 
 _LOGGER = logging.getLogger("nlsq_dask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where checkpoints are written, and the one to go on from, already read."""
+
+    path: Path | None = None
+    resumed_from: Path | None = None
+    saved: Sections = field(default_factory=dict)
 
 
 class Journal:
@@ -95,37 +105,54 @@ class Journal:
         return {name: None if path is None else str(path) for name, path in paths.items()}
 
 
-def open_journal(
-    problem: Problem,
-    config: HybridStreamingConfig,
-    nan_policy: str,
-    checkpoint: str | os.PathLike[str] | None,
-) -> Journal:
+def find_places(
+    model: str, config: HybridStreamingConfig, checkpoint: str | os.PathLike[str] | None
+) -> Places:
     """See that checkpoints can be written, and read the one to resume; before any work.
+
+    Parameters
+    ----------
+    model : str
+        Its name, for a file in a folder.
+    config : HybridStreamingConfig
+    checkpoint : path, optional
 
     Raises
     ------
     CheckpointError
-        If there is no place to write, or the one to resume is unusable or of another fit.
+        If there is no place to write, or the one to resume cannot be used.
     """
     resume_from = config.resume_from_checkpoint
     resumed_from = (
         None if resume_from is None else local_path("resume_from_checkpoint", resume_from)
     )
-    path = _place(problem, config, checkpoint, resumed_from)
+    path = _place(model, config, checkpoint, resumed_from)
+    saved = {} if resumed_from is None else read_checkpoint(resumed_from)
+    if path is not None:
+        require_writable("checkpoint" if checkpoint is not None else "checkpoint_dir", path)
+    return Places(path=path, resumed_from=resumed_from, saved=saved)
+
+
+def open_journal(
+    problem: Problem, config: HybridStreamingConfig, nan_policy: str, places: Places
+) -> Journal:
+    """Hold the checkpoint to resume to this fit.
+
+    Raises
+    ------
+    CheckpointError
+        If it is of another fit.
+    """
+    path, resumed_from, saved = places.path, places.resumed_from, places.saved
     if path is None and resumed_from is None:
         return Journal(path=None, resumed_from=None, resumed=None, identity={}, saved_identity={})
     identity = identify(problem, config, nan_policy)
-    saved: Sections = {}
     resumed = None
     if resumed_from is not None:
-        saved = read_checkpoint(resumed_from)
         with _of_another_fit(resumed_from):
             require_same(saved.get("identity", {}), identity, problem.space.labels)
         with _unusable(resumed_from):
             resumed = from_sections(saved, problem, config)
-    if path is not None:
-        require_writable("checkpoint" if checkpoint is not None else "checkpoint_dir", path)
     return Journal(
         path=path,
         resumed_from=resumed_from,
@@ -136,23 +163,24 @@ def open_journal(
 
 
 def _place(
-    problem: Problem,
+    model: str,
     config: HybridStreamingConfig,
     checkpoint: str | os.PathLike[str] | None,
     resumed_from: Path | None,
 ) -> Path | None:
     if checkpoint is not None:
+        path = local_path("checkpoint", checkpoint)
         if not config.enable_checkpoints:
             raise CheckpointError(
                 "`checkpoint` must be left out where the configuration has "
-                f"`enable_checkpoints=False`, got {os.fspath(checkpoint)!r}"
+                f"`enable_checkpoints=False`, got {str(path)!r}"
             )
-        return local_path("checkpoint", checkpoint)
+        return path
     if not config.enable_checkpoints:
         return None
     if resumed_from is not None or config.checkpoint_dir is None:
         return resumed_from
-    return _open_folder(config.checkpoint_dir) / _name(problem.model.name)
+    return _open_folder(config.checkpoint_dir) / _name(model)
 
 
 def _open_folder(folder: str) -> Path:

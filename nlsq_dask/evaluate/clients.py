@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from nlsq_dask.require import shown
+
 __all__ = ["active_client", "require_client"]
 
 
@@ -25,6 +27,6 @@ def require_client(client: object) -> None:
     if client is None or (distributed is not None and isinstance(client, distributed.Client)):
         return
     raise TypeError(
-        f"`client` must be a distributed.Client, got {client!r}; "
+        f"`client` must be a distributed.Client, got {shown(client)}; "
         "connect first: `client = distributed.Client(address)`"
     )

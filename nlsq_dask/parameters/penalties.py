@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask._typing import Array, Float, Int, Vector
-from nlsq_dask.parameters.space import ParameterSpace
+from nlsq_dask.parameters.space import ParameterSpace, is_pair
+from nlsq_dask.require import is_scale, real_array, shown
 
-__all__ = ["Penalties", "PenaltyRows", "build_priors"]
+__all__ = ["Penalties", "PenaltyRows", "build_priors", "require_priors"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,6 +107,11 @@ class Penalties:
         )
 
 
+def require_priors(priors: object) -> None:
+    if priors is not None and not isinstance(priors, Mapping):
+        raise TypeError(f"`priors` must map names to (mean, width), got {shown(priors)}")
+
+
 def build_priors(
     space: ParameterSpace, priors: Mapping[str, Any] | None
 ) -> tuple[Int[np.ndarray, " priors"], Vector, Vector]:
@@ -123,12 +129,11 @@ def build_priors(
         If a name is unknown or held, or a mean or width is not usable.
     """
     index, means, widths = [], [], []
-    if not isinstance(priors if priors is not None else {}, Mapping):
-        raise TypeError(f"`priors` must map names to (mean, width), got {priors!r}")
     for name, pair in (priors or {}).items():
         if name not in space.names:
             raise ValueError(
-                f"`priors` must name parameters of the model, {list(space.names)}, got {name!r}"
+                f"`priors` must name parameters of the model, {list(space.names)}, "
+                f"got {shown(name)}"
             )
         mean, width = _mean_and_width(name, pair)
         where = space.slice_of(name)
@@ -150,12 +155,12 @@ def build_priors(
 
 
 def _mean_and_width(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        mean, width = (np.asarray(part, np.float64) for part in pair)
-    except (TypeError, ValueError):
-        raise ValueError(f"`priors[{name!r}]` must be (mean, width), got {pair!r}") from None
-    if not np.isfinite(mean).all() or not (np.isfinite(width) & (width > 0)).all():
+    if not is_pair(pair):
+        raise ValueError(f"`priors[{name!r}]` must be (mean, width), got {shown(pair)}")
+    mean, width = (real_array(f"priors[{name!r}]", part) for part in pair)
+    if not np.isfinite(mean).all() or not all(map(is_scale, width.ravel().tolist())):
         raise ValueError(
-            f"`priors[{name!r}]` must have a finite mean and a positive finite width, got {pair!r}"
+            f"`priors[{name!r}]` must have a finite mean and a positive finite width, of which the "
+            f"square is not zero, got {shown(pair)}"
         )
     return mean, width

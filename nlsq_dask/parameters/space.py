@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
-from nlsq_dask.errors import LengthError
+from nlsq_dask.errors import LengthError, ModelError
 from nlsq_dask.parameters.ties import Tie, order_ties
+from nlsq_dask.require import array_of, real_array, shown
+from nlsq_dask.traces import trace_of
 
 if TYPE_CHECKING:
     from scipy.optimize import Bounds
@@ -27,6 +29,8 @@ __all__ = [
     "build_parameter_space",
     "claimed_names",
     "count_parameters",
+    "held_names",
+    "is_pair",
     "strictly_inside",
 ]
 
@@ -144,9 +148,20 @@ class ParameterSpace:
         ------
         TypeError
             If JAX cannot.
+        ModelError
+            If they differ from one trace to the next.
         """
         with jax.enable_x64(True):
-            jax.eval_shape(self.complete, self.p0)
+            # By its instance alone JAX would know the method again, and not trace it.
+            first, second = (
+                trace_of(jax.make_jaxpr(lambda params: self.complete(params))(self.p0))
+                for _ in range(2)
+            )
+        if first != second:
+            raise ModelError(
+                "`ties` must be pure functions: two traces of them differ, so one has state or "
+                "draws random numbers outside of JAX"
+            )
 
     def linearise(self, free: Float[np.ndarray, " k"]) -> Linearisation:
         """`tangents` at one point, and its transpose, to be used many times."""
@@ -231,7 +246,8 @@ def build_parameter_space(
     """
     if not names:
         raise ValueError("`model` must have at least one parameter besides its variables")
-    held = _held_names(fixed)
+    held = held_names(fixed)
+    p0 = by_name(p0)
     taken = {"p0": p0, "bounds": bounds}
     named = {key: value for key, value in taken.items() if isinstance(value, Mapping)}
     ordered = order_ties(ties, names, {**named, "fixed": held})
@@ -264,7 +280,9 @@ def build_parameter_space(
             f"outside [{float(lower[worst])!r}, {float(upper[worst])!r}]"
         )
     if is_fixed.all():
-        raise ValueError(f"`fixed` must leave a parameter free, got all of {list(names)}")
+        raise ValueError(
+            f"`fixed` and `ties` must leave a parameter free, got all of {list(names)}"
+        )
     return replace(space, p0=space.expand(space.p0[space.is_free])) if ordered else space
 
 
@@ -296,11 +314,20 @@ def count_parameters(p0: StartsLike, bounds: BoundsLike) -> int | None:
     return max(sizes) if sizes else None
 
 
-def claimed_names(p0: StartsLike, bounds: BoundsLike, fixed: object = ()) -> set[Any]:
+def claimed_names(p0: StartsLike, bounds: BoundsLike, fixed: Iterable[str] = ()) -> set[Any]:
     """Names that an argument uses for parameters."""
-    held = set(fixed) if isinstance(fixed, Iterable) and not isinstance(fixed, str) else {fixed}
-    named = [given for given in (p0, bounds) if isinstance(given, Mapping)]
-    return held.union(*named)
+    named = [given for given in (by_name(p0), bounds) if isinstance(given, Mapping)]
+    held: Iterable[Any] = held_names(fixed)
+    return set().union(*named, (name for name in held if isinstance(name, str)))
+
+
+def by_name(p0: StartsLike) -> StartsLike:
+    """Starts as a mapping where they are a pandas Series with names for an index."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(p0, pandas.Series):
+        return p0
+    is_named = all(isinstance(name, str) for name in p0.index)
+    return dict(p0) if is_named else p0
 
 
 def _resolve_starts(
@@ -313,20 +340,28 @@ def _resolve_starts(
         values = {**defaults, **p0}
     else:
         values = dict(zip(names, _sequence_of("p0", p0, len(names), names), strict=True))
-    starts = [_finite_array(f"p0[{name!r}]", values.get(name, 1.0)) for name in names]
+    chosen = p0 if isinstance(p0, Mapping) else names if p0 is not None else ()
+    starts = [
+        _finite_array(
+            f"p0[{name!r}]",
+            values.get(name, 1.0),
+            ", the model's own default; give another" if name not in chosen else "",
+        )
+        for name in names
+    ]
     return starts, [name in values for name in names]
 
 
 def _sequence_of(argument: str, value: Any, length: int, names: Sequence[str]) -> Sequence[Any]:
     """An ordered collection with as many elements as there are parameters."""
     if not isinstance(value, Sequence) and hasattr(value, "__array__"):
-        value = np.atleast_1d(np.asarray(value))
+        value = np.atleast_1d(array_of(argument, value))
     elif isinstance(value, int | float):
         value = [value]
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         raise ValueError(
             f"`{argument}` must be a mapping by name or a sequence over the parameters "
-            f"{list(names)}, got {value!r}"
+            f"{list(names)}, got {shown(value)}"
         )
     if len(value) != length:
         raise LengthError(
@@ -336,23 +371,14 @@ def _sequence_of(argument: str, value: Any, length: int, names: Sequence[str]) -
     return list(value)
 
 
-def _finite_array(argument: str, value: Any) -> Vector:
-    array = _real_array(argument, value)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"`{argument}` must be finite and not empty, got {value!r}")
-    return array
-
-
-def _real_array(argument: str, value: Any) -> Vector:
+def _finite_array(argument: str, value: Any, origin: str = "") -> Vector:
     try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(
-            f"`{argument}` must be one number or an array of one shape, got {value!r}"
-        ) from None
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"`{argument}` must be real numbers, got {value!r}")
-    return array.astype(np.float64)
+        array = real_array(argument, value)
+    except ValueError as error:
+        raise ValueError(f"{error}{origin}") from None
+    if array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"`{argument}` must be finite and not empty, got {shown(value)}{origin}")
+    return array
 
 
 def _resolve_bounds(
@@ -371,24 +397,25 @@ def _resolve_bounds(
         lower, upper = (np.concatenate(side) for side in zip(*pairs, strict=True))
     else:
         pair = _as_pair(bounds)
-        if not _is_pair(pair):
+        if not is_pair(pair):
             raise ValueError(
                 f"`bounds` must be (lower, upper), a mapping by name or scipy.optimize.Bounds, "
-                f"got {bounds!r}"
+                f"got {shown(bounds)}"
             )
         lower, upper = (_side(side, total) for side in pair)
     _require_ordered(names, shapes, lower, upper)
     return lower, upper
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
+    """Whether a value is two in order."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and len(value) == 2
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 2
 
 
 def _side(side: Any, total: int) -> Vector:
-    array = _real_array("bounds", side)
+    array = real_array("bounds", side)
     if array.ndim > 0 and array.size != total:
         raise LengthError(
             f"`bounds` must be scalars or have {total} elements, one for each parameter, "
@@ -398,10 +425,10 @@ def _side(side: Any, total: int) -> Vector:
 
 
 def _bounds_of(name: str, shape: Shape, pair: Any) -> tuple[Vector, Vector]:
-    if not _is_pair(pair):
-        raise ValueError(f"`bounds[{name!r}]` must be (lower, upper), got {pair!r}")
+    if not is_pair(pair):
+        raise ValueError(f"`bounds[{name!r}]` must be (lower, upper), got {shown(pair)}")
     low, high = (
-        _real_array(f"bounds[{name!r}]", default if value is None else value)
+        real_array(f"bounds[{name!r}]", default if value is None else value)
         for value, default in zip(pair, (-np.inf, np.inf), strict=True)
     )
     try:
@@ -427,10 +454,17 @@ def _require_ordered(
         )
 
 
-def _held_names(fixed: Iterable[str]) -> tuple[str, ...]:
-    if not isinstance(fixed, Iterable):
-        raise TypeError(f"`fixed` must be names of parameters, got {fixed!r}")
-    return (fixed,) if isinstance(fixed, str) else tuple(fixed)
+def held_names(fixed: Any) -> tuple[str, ...]:
+    """The names in `fixed`. An iterator has them once; values of a mapping would say nothing."""
+    if isinstance(fixed, str):
+        return (fixed,)
+    is_point = isinstance(fixed, np.ndarray) and fixed.ndim == 0
+    if not isinstance(fixed, Iterable) or isinstance(fixed, Mapping | bytes) or is_point:
+        raise TypeError(
+            f"`fixed` must be names of parameters, held at their start, got {shown(fixed)}; "
+            "say where they start by `p0`"
+        )
+    return tuple(fixed)
 
 
 def _resolve_fixed(
@@ -446,10 +480,11 @@ def _require_known(argument: str, given: Iterable[str], names: Sequence[str]) ->
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(
-            f"`{argument}` must name parameters of the model, {list(names)}, got {unknown}"
+            f"`{argument}` must name parameters of the model, {list(names)}, got {shown(unknown)}"
         )
 
 
+@np.errstate(over="ignore")  # bounds may be further apart than the largest number
 def strictly_inside(params: Vector, lower: Vector, upper: Vector) -> Vector:
     """Move points that lie on a bound just off it: every iterate is strictly feasible."""
     room = np.where(np.isfinite(lower) & np.isfinite(upper), upper - lower, np.inf)

@@ -14,8 +14,11 @@ from typing import Any
 
 from nlsq_dask._typing import Array
 from nlsq_dask.errors import UntraceableModelError
+from nlsq_dask.require import shown
 
 __all__ = ["Tie", "order_ties"]
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,12 @@ def order_ties(
     if ties is None:
         return ()
     if not isinstance(ties, Mapping):
-        raise TypeError(f"`ties` must map names of parameters to functions, got {ties!r}")
+        raise TypeError(f"`ties` must map names of parameters to functions, got {shown(ties)}")
     found = {}
     for name, function in ties.items():
         if name not in names:
             raise ValueError(
-                f"`ties` must name parameters of the model, {list(names)}, got {name!r}"
+                f"`ties` must name parameters of the model, {list(names)}, got {shown(name)}"
             )
         arguments = _arguments(name, function, names)
         found[name] = Tie(parameter=name, arguments=arguments, function=function)
@@ -94,9 +97,20 @@ def _arguments(name: str, function: object, names: Sequence[str]) -> tuple[str, 
     if not callable(function):
         raise TypeError(
             f"`ties[{name!r}]` must be a function of other parameters, `lambda a: 2 * a` say, "
-            f"got {function!r}"
+            f"got {shown(function)}"
         )
-    given = inspect.signature(function).parameters.values()
+    try:
+        given = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`ties[{name!r}]` must have a signature that Python can read, got {shown(function)}; "
+            "wrap it in a lambda"
+        ) from None
+    nameless = [str(argument) for argument in given if argument.kind not in _BY_NAME]
+    if nameless:
+        raise ValueError(
+            f"`ties[{name!r}]` must take parameters by their names, got the argument {nameless[0]}"
+        )
     taken = [
         argument.name
         for argument in given

@@ -119,11 +119,13 @@ def check_fit(
     `runs` stand in for `bins` where chunks are too few to say how their means scatter.
     """
     rows, masked, first, second = bins.sum(axis=0)
-    mean = first / rows if rows else np.nan
-    variance = second / rows - mean**2 if rows else np.nan
-    scatter, noise = overdispersion(runs if len(runs) else bins)
+    with np.errstate(over="ignore", invalid="ignore"):  # residuals may be beyond any square
+        mean = first / rows if rows else np.nan
+        variance = second / rows - mean**2 if rows else np.nan
+        scatter, noise = overdispersion(runs if len(runs) else bins)
+        reduction = 1 - end_cost / start_cost if start_cost > 0 else 0.0
     checks = Checks(
-        cost_reduction=1 - end_cost / start_cost if start_cost > 0 else 0.0,
+        cost_reduction=reduction,
         gradient_cosines=cosines,
         condition_number=condition_number,
         rank=rank,

@@ -161,7 +161,9 @@ def with_trial(
     inside = np.nextafter(lower, upper), np.nextafter(upper, lower)
     trial = np.clip(state.params + step.vector, *inside)
     if np.array_equal(trial, state.params):
-        return replace(state, status=Status.CONVERGED_TO_ROUNDING)
+        # A step that the radius cut says nothing of how far the minimum is.
+        ended = Status.CONVERGED_TO_ROUNDING if step.is_newton else Status.STALLED
+        return replace(state, status=ended)
     return replace(state, step=step, trial=trial)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask.errors import DataError
+from nlsq_dask.require import array_of, shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.columns import MemoryColumn
-from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
+from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_plain_blocks
 from nlsq_dask.sources.grid import GridSource
 
 __all__ = ["build_array_source", "build_row_source", "require_finite"]
@@ -39,8 +40,8 @@ def build_row_source(x: Any, y: Any, sigma: Any = None) -> tuple[GridSource, boo
     ValueError, DataError
         As `build_array_source`.
     """
-    array = x if is_dask_array(x) else np.asarray(x)
-    if array.ndim not in (1, 2):
+    array = x if is_dask_array(x) else _real_numbers("x", x)
+    if array.ndim not in (1, 2) or 0 in array.shape[1:]:
         raise ValueError(
             f"`x` must have shape (m,) or (m, variables), got shape {tuple(array.shape)}"
         )
@@ -98,10 +99,10 @@ def _variables(xdata: Any) -> Sequence[Any]:
     """The variables one by one."""
     if isinstance(xdata, tuple | list) and any(is_dask_array(part) for part in xdata):
         return xdata
-    array = xdata if is_dask_array(xdata) else np.asarray(xdata)
+    array = xdata if is_dask_array(xdata) else _real_numbers("xdata", xdata)
     if array.ndim == 1:
         return [array]
-    if array.ndim == 2:
+    if array.ndim == 2 and array.shape[0] > 0:
         return list(array)
     raise ValueError(
         f"`xdata` must have shape (m,) or (variables, m), got shape {tuple(array.shape)}"
@@ -110,14 +111,21 @@ def _variables(xdata: Any) -> Sequence[Any]:
 
 def _column(name: str, values: Any) -> Column:
     if is_dask_array(values):
-        require_known_chunks(name, values)
-        column: Column = DaskColumn(array=values, dims=(_DIM,) * values.ndim)
-    else:
-        array = np.asarray(values)
-        column = MemoryColumn(values=array, dims=(_DIM,) * array.ndim)
-    if column.dtype.kind not in "iufb":
-        raise ValueError(f"`{name}` must hold real numbers, got dtype {column.dtype}")
-    return column
+        require_plain_blocks(name, values)
+        if values.dtype.kind not in "iufb":
+            raise ValueError(f"`{name}` must hold real numbers, got dtype {values.dtype}")
+        return DaskColumn(array=values, dims=(_DIM,) * values.ndim)
+    array = _real_numbers(name, values)
+    return MemoryColumn(values=array, dims=(_DIM,) * array.ndim)
+
+
+def _real_numbers(name: str, values: Any) -> np.ndarray:
+    array = array_of(name, values)
+    if array.dtype.kind not in "iufb":
+        raise ValueError(
+            f"`{name}` must hold real numbers, got dtype {array.dtype} of {shown(values)}"
+        )
+    return array
 
 
 def _sigma(sigma: Any, num_rows: int) -> Column:
@@ -129,5 +137,17 @@ def _sigma(sigma: Any, num_rows: int) -> Column:
         )
     if column.shape in ((), (1,)):
         value = np.broadcast_to(np.asarray(sigma, np.float64), (num_rows,))
-        return MemoryColumn(values=value, dims=(_DIM,))
+        column = MemoryColumn(values=value, dims=(_DIM,))
+    if column.is_in_memory:
+        _require_positive(column.read((slice(None),) * len(column.shape)))
     return column
+
+
+def _require_positive(sigma: np.ndarray) -> None:
+    """As far as it can be seen before any row is read elsewhere."""
+    bad = np.flatnonzero(sigma <= 0)
+    if bad.size:
+        raise DataError(
+            f"`sigma` must be positive in every row, got {shown(sigma.flat[bad[0]])} in row "
+            f"{int(bad[0]):,}"
+        )

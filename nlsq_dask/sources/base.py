@@ -10,9 +10,19 @@ import jax
 import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
+from nlsq_dask.errors import DataError
 from nlsq_dask.sources.buffers import aligned_empty, is_aligned
 
-__all__ = ["Chunk", "Column", "Source", "check_chunk", "finite_rows", "pad_chunk", "selected_rows"]
+__all__ = [
+    "Chunk",
+    "Column",
+    "Source",
+    "check_chunk",
+    "finite_rows",
+    "pad_chunk",
+    "plain_block",
+    "selected_rows",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +93,23 @@ class Column(Protocol):
     def is_in_memory(self) -> bool: ...
 
     def read(self, index: Index) -> np.ndarray: ...
+
+
+def plain_block(block: object, dtype: np.dtype) -> np.ndarray:
+    """A block of Dask's as an array; it may turn out to be something else than it declares.
+
+    Raises
+    ------
+    DataError
+        If it is masked, or of another kind of number: that would lose an imaginary part.
+    """
+    array = np.asarray(block)
+    if array.dtype.kind != dtype.kind or np.ma.is_masked(block):
+        raise DataError(
+            f"`ds` must have Dask arrays whose blocks are as they declare, plain and of {dtype}, "
+            f"got a block of {array.dtype}{' with a mask' if np.ma.is_masked(block) else ''}"
+        )
+    return array
 
 
 def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:

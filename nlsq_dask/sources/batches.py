@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from nlsq_dask.errors import DataError, SpoolLimitError
+from nlsq_dask.require import array_of, require_integer, shown
 from nlsq_dask.sources.grid import GridSource
 
 __all__ = ["CHUNK_ROWS", "Spool"]
@@ -93,11 +94,19 @@ class Spool:
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
+        if limit_bytes is not None:
+            require_integer("spool_limit_bytes", limit_bytes, 1)
         self._options = dict(storage_options or {})
         self._chunk_rows = chunk_rows
         self._url = f"{_parent(location)}/nlsq-spool-{uuid.uuid4().hex[:12]}"
-        fs, path = fsspec.core.url_to_fs(self._url, **self._options)
-        fs.makedirs(path)
+        try:
+            fs, path = fsspec.core.url_to_fs(self._url, **self._options)
+            fs.makedirs(path)
+        except (OSError, ValueError, ImportError) as error:  # a protocol that is not known, too
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(
+                f"`spool` must be a folder that can be written to, got {shown(location)}: {error}"
+            ) from error
         self._remove = weakref.finalize(self, _remove, fs, path)
         if limit_bytes is None and isinstance(fs, LocalFileSystem):
             limit_bytes = shutil.disk_usage(path).free // 2
@@ -271,7 +280,7 @@ def _parent(location: str | os.PathLike[str] | None) -> str:
     if location is None:
         return tempfile.gettempdir()
     if not isinstance(location, str | os.PathLike):
-        raise TypeError(f"`spool` must be a path or URL, got {location!r}")
+        raise TypeError(f"`spool` must be a path or URL, got {shown(location)}")
     parent = os.fspath(location).rstrip("/")
     # Workers have working directories of their own.
     return parent if "://" in parent else os.path.abspath(parent)
@@ -284,13 +293,16 @@ def _remove(fs: Any, path: str) -> None:
 
 def _columns(number: int, x: Any, y: Any, sigma: Any) -> tuple[dict[str, np.ndarray], _Layout]:
     """A batch as flat columns that are copies: whoever streams may use the buffers again."""
-    parts = {"x": np.asarray(x), "y": np.asarray(y)}
-    if sigma is not None:
-        parts["sigma"] = np.asarray(sigma)
+    given = {"x": x, "y": y} | ({} if sigma is None else {"sigma": sigma})
+    try:
+        parts = {name: array_of(name, array) for name, array in given.items()}
+    except ValueError as error:
+        raise ValueError(f"batch {number}: {error}") from None
     for name, array in parts.items():
         if array.dtype.kind not in "iufb" or array.dtype.itemsize > 8:
             raise ValueError(
-                f"batch {number} must hold real numbers in `{name}`, got dtype {array.dtype}"
+                f"batch {number} must hold real numbers in `{name}`, got dtype {array.dtype} of "
+                f"{shown(given[name])}"
             )
         most = 2 if name == "x" else 1
         if not 1 <= array.ndim <= most or array.shape[0] != parts["x"].shape[0]:

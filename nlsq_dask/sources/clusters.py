@@ -14,7 +14,7 @@ __all__ = ["build_cluster_column"]
 _MAX_LABELS = 2**24  # read here, once
 
 
-def build_cluster_column(name: str, column: Column) -> tuple[Column, int]:
+def build_cluster_column(column: Column) -> tuple[Column, int]:
     """Codes of the distinct labels, and how many there are.
 
     Raises
@@ -26,18 +26,22 @@ def build_cluster_column(name: str, column: Column) -> tuple[Column, int]:
     if size > _MAX_LABELS:
         raise ValueError(
             f"`cluster` must have at most {_MAX_LABELS:,} labels, as a coordinate along some "
-            f"dimensions of `y` has, got {size:,} in {name!r}"
+            f"dimensions of `y` has, got {size:,}"
         )
     values = column.read((slice(None),) * len(column.shape))
     import pandas as pd
 
-    codes, labels = pd.factorize(values.ravel(), sort=True)
+    try:
+        codes, labels = pd.factorize(values.ravel(), sort=True)
+    except TypeError as error:  # of lists, say
+        raise ValueError(
+            f"`cluster` must have labels that are numbers, text or times, got others: {error}"
+        ) from None
     if (codes < 0).any():
         raise ValueError(
-            f"`cluster` must have a label for every row, got {int((codes < 0).sum()):,} missing "
-            f"ones in {name!r}"
+            f"`cluster` must have a label for every row, got {int((codes < 0).sum()):,} missing"
         )
     if len(labels) < 2:
-        raise ValueError(f"`cluster` must have at least two labels, got {len(labels)} in {name!r}")
+        raise ValueError(f"`cluster` must have at least two labels, got {len(labels)}")
     shaped = codes.astype(np.int32).reshape(values.shape)
     return MemoryColumn(values=shaped, dims=column.dims), len(labels)

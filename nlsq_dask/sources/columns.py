@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import cftime
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
+from nlsq_dask.errors import DataError
+from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.transport import reported_reading, transport_of
 
@@ -149,6 +152,12 @@ class TimeAxis:
         numbers = np.full(values.size, np.nan)
         present = values.ravel()[~missing]
         if present.size:
+            calendars = {time.calendar for time in present}
+            if calendars != {self.calendar}:
+                raise DataError(
+                    f"`ds` must have times of one calendar, {self.calendar!r} as the first is, "
+                    f"got {sorted(map(str, calendars))}"
+                )
             numbers[~missing] = cftime.date2num(present, self.units, calendar=self.calendar)
         return numbers.reshape(values.shape)
 
@@ -252,7 +261,7 @@ def _parse_origin(unit: str, text: str, calendar: str) -> Any:
     """The date of ``<unit> since <date>``, by CF's rules."""
     try:
         return cftime.num2date(0, f"{unit} since {text}", calendar=calendar)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(
             f"`time_units` must have a date after 'since', got '{unit} since {text}': {error}"
         ) from None
@@ -261,12 +270,12 @@ def _parse_origin(unit: str, text: str, calendar: str) -> Any:
 def _parse_units(time_units: str | None) -> tuple[str, str | None]:
     if time_units is None:
         return "days", None
-    match = re.fullmatch(r"\s*(\w+?)s?(?:\s+since\s+(.+?))?\s*", str(time_units))
+    match = re.fullmatch(r"\s*(\w+?)s?(?:\s+since\s+(.+?))?\s*", str(time_units)[:200])
     unit = f"{match.group(1).lower()}s" if match else ""
     if match is None or unit not in _NANOSECONDS:
         raise ValueError(
             f"`time_units` must be one of {list(_NANOSECONDS)}, with 'since <date>' if you like, "
-            f"got {time_units!r}"
+            f"got {shown(time_units)}"
         )
     return unit, match.group(2)
 
@@ -282,9 +291,11 @@ def _first_time(name: str, column: Column) -> Any:
         if present.size:
             value = present[0]
             if not isinstance(value, np.datetime64 | cftime.datetime):
+                zoned = "; `pandas.to_datetime(…, utc=True).tz_convert(None)` makes times of dates"
+                remedy = zoned if isinstance(value, datetime.date) else ""
                 raise ValueError(
-                    f"`{name}` must hold numbers or times, got objects of type "
-                    f"{type(value).__name__}"
+                    f"`{name}` must hold numbers, or times without a time zone, got objects of "
+                    f"type {type(value).__name__}{remedy}"
                 )
             return value
     raise ValueError(f"`{name}` must hold at least one time, got none")

@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
+from nlsq_dask.sources.base import plain_block
 
-__all__ = ["DaskColumn", "is_dask_array"]
+__all__ = ["DaskColumn", "is_dask_array", "require_plain_blocks"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,9 +53,9 @@ class DaskColumn:
             import distributed
 
             client = distributed.futures_of(part)[0].client
-            return np.asarray(client.compute(part).result())
+            return plain_block(client.compute(part).result(), self.dtype)
         with dask.config.set(scheduler="synchronous"):
-            return np.asarray(part.compute())
+            return plain_block(part.compute(), self.dtype)
 
 
 def is_dask_array(value: object) -> TypeGuard[Any]:
@@ -62,14 +63,23 @@ def is_dask_array(value: object) -> TypeGuard[Any]:
     return dask_array is not None and isinstance(value, dask_array.Array)
 
 
-def require_known_chunks(name: str, array: Any) -> None:
-    """Refuse an array whose length Dask does not know.
+def require_plain_blocks(name: str, array: Any) -> None:
+    """Refuse an array whose length Dask does not know, or whose blocks are not NumPy's.
 
     Raises
     ------
     ValueError
-        With the call that computes the sizes.
+        With the call that helps.
     """
+    block = array._meta
+    if type(block) is not np.ndarray:
+        remedy = "fill them by `dask.array.ma.filled` with NaN, which is left out"
+        if not isinstance(block, np.ma.MaskedArray):
+            remedy = f"convert them: `{name}.map_blocks(numpy.asarray)`"
+        raise ValueError(
+            f"`{name}` must have blocks that are plain arrays of NumPy, got "
+            f"{type(block).__module__}.{type(block).__name__}; {remedy}"
+        )
     if any(np.isnan(size) for size in array.shape):
         raise ValueError(
             f"`{name}` must have known chunk sizes, got shape {array.shape}; "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
-from nlsq_dask.sources.base import Chunk, Column
+from nlsq_dask.sources.base import Chunk, Column, plain_block
 
 __all__ = ["GridSource", "RemoteColumn"]
 
@@ -98,7 +98,7 @@ class GridSource:
         parts = {
             role: self._align(
                 column,
-                blocks[role]
+                plain_block(blocks[role], column.dtype)
                 if role in blocks
                 else column.read(tuple(region[dim] for dim in column.dims)),
             )
@@ -135,4 +135,7 @@ class GridSource:
 def as_floating(values: np.ndarray) -> np.ndarray:
     """float32 and float64 as they are, everything else as float64."""
     kept = values.dtype in (np.dtype(np.float32), np.dtype(np.float64))
-    return values if kept and values.dtype.isnative else values.astype(np.float64)
+    if kept and values.dtype.isnative:
+        return values
+    with np.errstate(over="ignore"):  # of longer floats, to infinity, which is left out
+        return values.astype(np.float64)

@@ -18,7 +18,7 @@ from nlsq_dask.sources.columns import (
     TimeColumn,
     build_time_column,
 )
-from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_known_chunks
+from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_plain_blocks
 from nlsq_dask.sources.graph import stored_variable
 from nlsq_dask.sources.grid import GridSource
 
@@ -67,10 +67,13 @@ def build_dataset_source(
     """
     y_array = pick_y(ds, roles)
     y = _numeric("y", y_array)
+    if len(set(y.dims)) < len(y.dims):
+        raise ValueError(f"`y` must have distinct dimensions, got {y.dims}")
     variables: list[Column] = []
     axes: dict[str, TimeAxis] = {}
     for name in roles.x:
         array = dimension_or_variable(ds, name)
+        _require_no_time_zone(name, array.variable)
         column = column_of(name, array.variable)
         if column.dtype.kind in "mMO":
             column = build_time_column(name, column, time_units)
@@ -86,6 +89,8 @@ def build_dataset_source(
     sigma = where = None
     if roles.sigma is not None:
         sigma = _numeric("sigma", _resolve(ds, "sigma", roles.sigma))
+        if sigma.dtype.kind == "b":
+            raise ValueError("`sigma` must hold standard deviations, got booleans; see `where`")
     if roles.where is not None:
         where = column_of("where", _resolve(ds, "where", roles.where).variable)
         if where.dtype.kind != "b":
@@ -93,9 +98,7 @@ def build_dataset_source(
     cluster, num_clusters = None, 0
     if roles.cluster is not None:
         array = _resolve(ds, "cluster", roles.cluster)
-        cluster, num_clusters = build_cluster_column(
-            str(array.name), column_of("cluster", array.variable)
-        )
+        cluster, num_clusters = build_cluster_column(column_of("cluster", array.variable))
     named = {**dict(zip(roles.x, variables, strict=True)), "sigma": sigma, "where": where}
     named["cluster"] = cluster
     for name, given in named.items():
@@ -143,11 +146,20 @@ def column_of(name: str, variable: xr.Variable) -> Column:
         stored = stored_variable(variable)
         if stored is not None:
             return LazyColumn(variable=stored)
-        require_known_chunks(name, data)
+        require_plain_blocks(name, data)
         return DaskColumn(array=data, dims=dims)
     if variable._in_memory:
         return MemoryColumn(values=np.asarray(variable.values), dims=dims)
     return LazyColumn(variable=variable)
+
+
+def _require_no_time_zone(name: str, variable: xr.Variable) -> None:
+    """An index of pandas knows its zone; the values that xarray makes of it do not."""
+    if variable.dtype.kind == "M" and not isinstance(variable.dtype, np.dtype):
+        raise ValueError(
+            f"`{name}` must hold times without a time zone, got {variable.dtype}; "
+            f"`ds.assign_coords({name}=ds.indexes[{name!r}].tz_convert(None))` has them in UTC"
+        )
 
 
 def dataset_of(source: GridSource) -> xr.Dataset:

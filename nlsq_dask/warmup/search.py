@@ -185,7 +185,8 @@ class _Search:
         """How far is far, for each parameter: as far as `p0` is from zero, or its bounds apart."""
         lower, upper = self._bounds
         size = np.where(self._p0 != 0, np.abs(self._p0), 1.0)
-        return np.minimum(size, upper - lower)
+        with np.errstate(over="ignore"):
+            return np.minimum(size, upper - lower)
 
     # -- starts
 
@@ -217,6 +218,8 @@ class _Search:
             )
         return resume
 
+    # From the largest numbers, starts may come to lie beyond them: the model is not finite there.
+    @np.errstate(over="ignore", invalid="ignore")
     def _scatter(self) -> list[Vector]:
         """Seeded starts at distances from 3 % of `p0` to twice of it, in every direction."""
         rng = np.random.default_rng([self._config.seed, 1])
