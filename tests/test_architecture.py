@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 # A layer may import those to its left.
 ORDER = [
     {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value"},
-    {"options", "compilation", "require", "traces"},
+    {"options", "compilation", "require", "traces", "config_file"},
     {"config"},
     {"checkpoint.flat"},
     {"checkpoint.file"},

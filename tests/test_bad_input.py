@@ -59,8 +59,8 @@ def no_work(monkeypatch):
     def work(*_: object) -> None:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(optimizer, "_open_evaluator", work)
-    monkeypatch.setattr(optimizer, "_platform", work)
+    monkeypatch.setattr(optimizer, "open_evaluator_at", work)
+    monkeypatch.setattr(optimizer, "platform_at", work)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -452,7 +452,7 @@ def test_anything_at_all_is_refused_by_name_or_rightly_accepted(
     def begin(*_: object) -> None:
         raise AcceptedError
 
-    monkeypatch.setattr(optimizer, "_open_evaluator", begin)
+    monkeypatch.setattr(optimizer, "open_evaluator_at", begin)
 
     @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], database=None)
     @given(value=SOMETHING)
