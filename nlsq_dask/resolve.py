@@ -249,10 +249,12 @@ def _described(ds: Any) -> str:
 def _require_storage_options(options: object, ds: object) -> None:
     if options is None:
         return
-    is_mapping = isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
-    if not is_mapping:
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        # Values are not shown: they may be credentials.
+        found = f" with the keys {shown(list(options))}" if isinstance(options, Mapping) else ""
         raise TypeError(
-            f"`storage_options` must be a mapping of fsspec's names to values, got {shown(options)}"
+            "`storage_options` must be a mapping of fsspec's names to values, "
+            f"got {type(options).__name__}{found}"
         )
     if not _is_store(ds):
         raise ValueError(

@@ -344,11 +344,11 @@ NAMES: list[Row] = [
     ("ds: mapping", fit(ds={"t": T, "y": Y}), TypeError, "`ds` must be an … got dict"),
     ("ds: tree", fit(ds=xr.DataTree(unreadable())), TypeError, "`ds` must be an … got DataTree"),
     ("ds: list", fit(ds=[unreadable()]), TypeError, "`ds` must be an … got list"),
-    ("storage_options: list", fit(ds="memory://x", storage_options=["a"]), TypeError, "`storage_options` must be a mapping … got ['a']"),
-    ("storage_options: text", fit(ds="memory://x", storage_options="anon"), TypeError, "`storage_options` must be … got 'anon'"),
-    ("storage_options: empty text", fit(ds="memory://x", storage_options=""), TypeError, "`storage_options` must be … got ''"),
-    ("storage_options: number", fit(ds="memory://x", storage_options=3), TypeError, "`storage_options` must be … got 3"),
-    ("storage_options: key", fit(ds="memory://x", storage_options={1: 2}), TypeError, "`storage_options` must be … got {1: 2}"),
+    ("storage_options: list", fit(ds="memory://x", storage_options=["a"]), TypeError, "`storage_options` must be a mapping … got list"),
+    ("storage_options: text", fit(ds="memory://x", storage_options="anon"), TypeError, "`storage_options` must be … got str"),
+    ("storage_options: empty text", fit(ds="memory://x", storage_options=""), TypeError, "`storage_options` must be … got str"),
+    ("storage_options: number", fit(ds="memory://x", storage_options=3), TypeError, "`storage_options` must be … got int"),
+    ("storage_options: key", fit(ds="memory://x", storage_options={1: 2}), TypeError, "`storage_options` must be … got dict with the keys [1]"),
     ("storage_options: a dataset", fit(storage_options={}), ValueError, "`storage_options` must go with … got … Dataset"),
 ]
 MODELS: list[Row] = [

@@ -41,7 +41,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport) and report.when == "call":
-                tally.update({k: v for k, v in report.user_properties if isinstance(v, int)})
+                for what, count in report.user_properties:
+                    tally[what] += count
     if tally:
         terminalreporter.section("bad input and hostile files")
         for what, count in tally.items():

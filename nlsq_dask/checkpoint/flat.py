@@ -216,6 +216,9 @@ class _Reader:
         array = self._leaves.get(name)
         if not isinstance(array, np.ndarray) or array.dtype != np.dtype(dtype):
             raise CheckpointError(f"its {name!r} is not of {np.dtype(dtype).name} numbers")
+        # Whole numbers count or point at something: limits would never be met from below zero.
+        if array.dtype.kind == "i" and (array < 0).any():
+            raise CheckpointError(f"its {name!r} must not be negative, got {int(array.min())}")
         is_empty = array.ndim > 0 and array.shape[0] == 0 and axes[:1] == [f"{_stem(name)}[]"]
         if is_empty:  # columns of nothing have no further axes
             self._lengths.setdefault(axes[0], 0)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from nlsq_dask._typing import Float
+from nlsq_dask._typing import Float, Shape, Vector
 from nlsq_dask.checkpoint.file import Sections
 from nlsq_dask.checkpoint.flat import Leaf, flatten, unflatten
 from nlsq_dask.checkpoint.newton_standing import AfterPass, NewtonStanding
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import CheckpointError
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.problem import Problem
 from nlsq_dask.results.report import Gate, ScoresPass
 from nlsq_dask.solvers.trust_region import State
@@ -23,6 +25,11 @@ from nlsq_dask.warmup.search import Optimum, Warmup
 from nlsq_dask.warmup.state import WarmupState
 
 __all__ = ["Snapshot", "Standing", "from_sections", "to_sections"]
+
+_CARRIED_NUMBERS = (
+    *("value", "start_value", "best_value", "count", "num_evaluations", "num_flat", "num_still"),
+    *("num_failing", "num_failures", "num_clipped", "num_pairs"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,11 +158,17 @@ def from_sections(
     if "passes" in sections:
         standing = unflatten(Standing, sections["passes"], lengths)
         _check_history(standing)
+        _check_point(problem.space, standing.state.evaluation.params, standing.state)
+        model, scores = standing.state.model, standing.scores
+        _require_squares("model", model.factor, model.residual, model.gauss_newton_factor)
+        if scores is not None:
+            _require_squares("scores", scores.sums.meat, scores.sums.bread, scores.gram)
         if len(standing.rival_costs) != max(len(outcome.optima) - 1, 0):
             raise CheckpointError("its optima and their costs do not match")
     if "newton" in sections:
         newton = unflatten(NewtonStanding, sections["newton"], lengths)
         _check_history(newton)
+        _check_point(problem.space, newton.slope.params, newton.progress)
     if (standing if problem.plan.is_matrix_free else newton) is not None:
         raise CheckpointError("it is of another way to fit than this problem's")
     return Snapshot(
@@ -167,6 +180,27 @@ def from_sections(
     )
 
 
+def _check_point(space: ParameterSpace, evaluated: Vector, state: Any) -> None:
+    """The best point is the one that was evaluated, and lies where this problem's may."""
+    _require_finite("state", state.params, state.trial, state.scale)
+    lower, upper = space.free_bounds
+    if not np.array_equal(evaluated, state.params):
+        raise CheckpointError("its parameters are not those that were evaluated")
+    if ((state.params < lower) | (state.params > upper)).any():
+        raise CheckpointError("its parameters are not within the bounds")
+
+
+def _require_finite(what: str, *arrays: Any) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise CheckpointError(f"its {what} must be finite")
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _require_squares(what: str, *arrays: Any) -> None:
+    """What is finite may be beyond any square all the same, and decompositions want one."""
+    _require_finite(what, *(np.vdot(array, array) for array in arrays))
+
+
 def _check_history(standing: AfterPass) -> None:
     if not standing.history or len(standing.history) != len(standing.accounts):
         raise CheckpointError("its passes and their history do not match")
@@ -176,14 +210,42 @@ def _read_warmup_state(leaves: dict[str, Leaf], k: int) -> WarmupState:
     arrays = {name.replace(".", "/"): leaf for name, leaf in leaves.items()}
     try:
         state = WarmupState.from_arrays(arrays)
+        _check_warmup(state, k)
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(f"its warmup is malformed: {error}") from error
-    points = [state.starts, *(part for d in state.progress.finished for part in (d.start, d.end))]
-    if state.progress.carry is not None:
-        points.append(state.progress.carry.point)
-    if any(point.shape[-1:] != (k,) or point.dtype != np.float64 for point in points):
-        raise CheckpointError(f"its warmup is not of {k} free parameters")
     return state
+
+
+def _check_warmup(state: WarmupState, k: int) -> None:
+    if not all(_is_of(array, shape) for array, shape in _warmup_shapes(state, k)):
+        raise CheckpointError(f"its warmup is not of {k} free parameters")
+
+
+def _is_of(array: object, shape: Shape) -> bool:
+    """Whether an array is of floats, or of booleans, in this shape."""
+    if not isinstance(array, np.ndarray):
+        return False
+    return array.dtype in (np.float64, np.bool_) and array.shape == shape
+
+
+def _warmup_shapes(state: WarmupState, k: int) -> Iterator[tuple[object, Shape]]:
+    """The arrays of a warmup, and what their shapes have to be."""
+    yield state.starts, (len(state.starts), k)
+    yield state.start_costs, (len(state.starts),)
+    for descent in state.progress.finished:
+        yield from ((point, (k,)) for point in (descent.start, descent.end))
+    carry, tournament = state.progress.carry, state.tournament
+    if carry is not None:
+        yield from ((point, (k,)) for point in (carry.point, carry.grad, carry.best))
+        yield from ((pairs, (len(carry.ways), k)) for pairs in (carry.ways, carry.turns))
+        yield from ((np.asarray(vars(carry)[name], float), ()) for name in _CARRIED_NUMBERS)
+    if tournament is not None:
+        count = max(len(tournament.candidates), 1)
+        yield tournament.candidates, (count, k)
+        for held in tournament.rounds:
+            yield from ((column, (count,)) for column in (held.costs, held.survives))
 
 
 def _read_warmup(

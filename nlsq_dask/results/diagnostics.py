@@ -45,7 +45,7 @@ def describe_bins(bins: Float[np.ndarray, "bins 4"], num_leaves: int) -> dict[st
     Archives of more than 1,024 leaves are summarised in at most as many runs of equal length.
     """
     rows, masked, first, second = bins.T
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         mean = np.where(rows > 0, first / rows, np.nan)
         variance = np.where(rows > 0, second / rows - mean**2, np.nan)
     return {

@@ -267,10 +267,11 @@ def _parse_origin(unit: str, text: str, calendar: str) -> Any:
         ) from None
 
 
-def _parse_units(time_units: str | None) -> tuple[str, str | None]:
+def _parse_units(time_units: Any) -> tuple[str, str | None]:
     if time_units is None:
         return "days", None
-    match = re.fullmatch(r"\s*(\w+?)s?(?:\s+since\s+(.+?))?\s*", str(time_units)[:200])
+    text = time_units[:200] if isinstance(time_units, str) else ""
+    match = re.fullmatch(r"\s*(\w+?)s?(?:\s+since\s+(.+?))?\s*", text)
     unit = f"{match.group(1).lower()}s" if match else ""
     if match is None or unit not in _NANOSECONDS:
         raise ValueError(

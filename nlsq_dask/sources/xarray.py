@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
 from nlsq_dask.errors import DataError
+from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.clusters import build_cluster_column
 from nlsq_dask.sources.columns import (
@@ -83,7 +83,7 @@ def build_dataset_source(
         variables.append(column)
     if time_units is not None and not axes:
         raise ValueError(
-            f"`time_units` must go with a variable of times, got {time_units!r} for variables "
+            f"`time_units` must go with a variable of times, got {shown(time_units)} for variables "
             f"{list(roles.x)}, of which none holds times"
         )
     sigma = where = None
@@ -221,7 +221,7 @@ def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray) -> xr.DataArray:
     if not isinstance(given, str):
         raise TypeError(
             f"`{argument}` must be the name of a variable of `ds` or an xarray.DataArray, "
-            f"got {reprlib.repr(given)}"
+            f"got {shown(given)}"
         )
     if given not in ds.variables:
         raise ValueError(
