@@ -53,6 +53,8 @@ class Untouched(distributed.Client):
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
             return object.__getattribute__(self, name)
+        if name == "status":
+            return "running"
         raise AssertionError(f"work was submitted: the client was asked for {name}")
 
     def __repr__(self) -> str:

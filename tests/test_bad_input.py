@@ -19,14 +19,18 @@ import pytest
 import scipy.optimize
 import xarray as xr
 from click.testing import CliRunner
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import bad_input
 from bad_input import ROWS, T, Y, line, of_x
-from nlsq_dask import HybridStreamingConfig, Status, curve_fit, fit_dataset, optimizer
+from conftest import start_cluster
+from nlsq_dask import HybridStreamingConfig, Status, compat, curve_fit, fit_dataset, optimizer
 from nlsq_dask.cli import main
+from nlsq_dask.errors import WorkerError
+from nlsq_dask.evaluate import workers
 
 NAMES = [row[0] for row in (*bad_input.BEFORE_WORK, *bad_input.IN_THE_DATA)]
 
@@ -133,6 +137,45 @@ def test_places_to_resume_from(what, record_property):
 def test_folders(name, record_property):
     config = HybridStreamingConfig(**{name: "notes.txt"})
     refuse((name, bad_input.fit(config=config), ValueError, FOLDERS[name]), record_property)
+
+
+# -- clusters that are not there
+
+
+@pytest.fixture
+def lone():
+    """A scheduler without workers, and its client."""
+    with (
+        start_cluster(0, processes=False) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield cluster, client
+
+
+DOORS = {
+    "fit_dataset": lambda client: bad_input.fit(client=client),
+    "curve_fit": lambda client: bad_input.arrays(client=client),
+    "batches": lambda client: bad_input.batches((T, Y), client=client),
+    "compat": lambda client: functools.partial(compat.curve_fit, of_x, T, Y, client=client),
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("door", DOORS)
+def test_a_closed_client(door, lone, record_property):
+    cluster, _ = lone
+    with Client(cluster, set_as_default=False) as client:
+        pass
+    message = "`client` must be connected to a scheduler, got one that is closed"
+    refuse((door, DOORS[door](client), WorkerError, message), record_property)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("door", DOORS)
+def test_a_client_without_workers(door, lone, record_property, monkeypatch):
+    monkeypatch.setattr(workers, "_WORKER_WAIT_SECONDS", 0.5)
+    message = "`client` must have at least one worker, and had none"
+    refuse((door, DOORS[door](lone[1]), WorkerError, message), record_property)
 
 
 # -- the command line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from nlsq_dask.errors import WorkerError
 from nlsq_dask.require import shown
 
 __all__ = ["active_client", "require_client"]
@@ -21,10 +22,21 @@ def active_client() -> Any:
         return None
 
 
-def require_client(client: object) -> None:
-    """Refuse what is not a client, an address for instance."""
+def require_client(client: Any) -> None:
+    """Refuse what is not a client, an address for instance, or is closed.
+
+    Raises
+    ------
+    TypeError
+    WorkerError
+        If it is closed.
+    """
+    if client is None:
+        return
     distributed = sys.modules.get("distributed")
-    if client is None or (distributed is not None and isinstance(client, distributed.Client)):
+    if distributed is not None and isinstance(client, distributed.Client):
+        if client.status in ("closing", "closed"):
+            raise WorkerError("`client` must be connected to a scheduler, got one that is closed")
         return
     raise TypeError(
         f"`client` must be a distributed.Client, got {shown(client)}; "

@@ -46,7 +46,11 @@ def run_on_all(client: distributed.Client, function: Callable[..., Any], *argume
 
 def workers_of(client: distributed.Client) -> dict[str, Any]:
     """The workers now, waiting a while for one where a nanny may be restarting it."""
-    workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
+    workers: dict[str, Any] | None = client.scheduler_info(n_workers=-1).get("workers")
+    if workers is None:
+        raise WorkerError(
+            f"`client` must be connected to a scheduler, got one that is {client.status}"
+        )
     if not workers:
         try:
             client.wait_for_workers(1, timeout=_WORKER_WAIT_SECONDS)
