@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def fit(folder: Path, **options: Any) -> FitResult:
 
 def main() -> None:
     where, folder = sys.argv[1], Path(sys.argv[2])
+    # A shell's background jobs, and whatever they start, ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def brake(record: IterationRecord) -> None:
         if record.phase == 2:
