@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "array_of",
     "as_number",
     "is_scale",
+    "length_of",
     "real_array",
     "require_callback",
     "require_choice",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 _MOST_DIGITS = 30
+_MOST_ELEMENTS = 10**8  # of what is no array
+_FEW_ELEMENTS = 1000
 
 
 class _Short(reprlib.Repr):
@@ -136,8 +139,15 @@ def array_of(name: str, value: Any) -> np.ndarray:
     Raises
     ------
     ValueError
-        If it is ragged, something that does not become an array, or has masked elements.
+        If it is ragged, something that does not become an array, or has masked elements; or
+        longer than a list can sensibly be: a `range` becomes as many numbers as it promises.
     """
+    for part in (value, *_elements(value)):
+        if not isinstance(part, np.ndarray) and length_of(part) > _MOST_ELEMENTS:
+            raise ValueError(
+                f"`{name}` must have at most {_MOST_ELEMENTS:,} elements where it is no array, "
+                f"got {shown(part)}"
+            )
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -146,6 +156,26 @@ def array_of(name: str, value: Any) -> np.ndarray:
         ) from None
     require_unmasked(name, value)
     return array
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    """Those of a short sequence, which may be sequences themselves."""
+    is_list = isinstance(value, list | tuple) or (
+        isinstance(value, np.ndarray) and value.dtype.kind == "O" and value.ndim > 0
+    )
+    return value if is_list and len(value) <= _FEW_ELEMENTS else ()
+
+
+def length_of(value: Any) -> float:
+    """Its length, infinite where it is too large for an index; 0 of what has none."""
+    if not isinstance(value, Sized):
+        return 0
+    try:
+        return len(value)
+    except OverflowError:  # of a range
+        return math.inf
+    except (TypeError, ValueError):  # of an array without dimensions, or of unknown length
+        return 0
 
 
 def require_unmasked(name: str, value: Any) -> None:

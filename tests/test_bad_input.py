@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import resource
 import warnings
 
 import cftime
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import scipy.optimize
 import xarray as xr
@@ -485,6 +487,17 @@ ACCEPTABLE = {
 }
 
 
+@pytest.fixture
+def limited_memory():
+    """What takes too much of it is then a MemoryError, and hypothesis says of what value."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + 4 * 2**30, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.usefixtures("limited_memory")
 @pytest.mark.parametrize("argument", ACCEPTABLE)
 def test_anything_at_all_is_refused_by_name_or_rightly_accepted(
     argument, tmp_path, monkeypatch, record_property

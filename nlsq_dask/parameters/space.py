@@ -16,7 +16,7 @@ import numpy as np
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import LengthError, ModelError
 from nlsq_dask.parameters.ties import Tie, order_ties
-from nlsq_dask.require import array_of, real_array, shown
+from nlsq_dask.require import array_of, length_of, real_array, shown
 from nlsq_dask.traces import trace_of
 
 if TYPE_CHECKING:
@@ -306,12 +306,12 @@ def _as_pair(bounds: Any) -> Any:
 def count_parameters(p0: StartsLike, bounds: BoundsLike) -> int | None:
     """How many parameters `p0` or `bounds` speak of, where a signature does not say."""
     if p0 is not None:
-        return len(p0) if isinstance(p0, Mapping) else int(np.size(np.asarray(p0)))
+        return len(p0) if isinstance(p0, Mapping) else int(array_of("p0", p0).size)
     pair = _as_pair(bounds)
     if isinstance(pair, Mapping) or not isinstance(pair, Collection):
         return None
-    sizes = [int(np.size(side)) for side in pair if np.ndim(side) > 0]
-    return max(sizes) if sizes else None
+    sides = [array_of("bounds", side) for side in pair]
+    return max((side.size for side in sides if side.ndim > 0), default=None)
 
 
 def claimed_names(p0: StartsLike, bounds: BoundsLike, fixed: Iterable[str] = ()) -> set[Any]:
@@ -363,10 +363,10 @@ def _sequence_of(argument: str, value: Any, length: int, names: Sequence[str]) -
             f"`{argument}` must be a mapping by name or a sequence over the parameters "
             f"{list(names)}, got {shown(value)}"
         )
-    if len(value) != length:
+    if length_of(value) != length:
         raise LengthError(
             f"`{argument}` must have one value for each of the {length} parameters "
-            f"{list(names)}, got {len(value)} values"
+            f"{list(names)}, got {length_of(value):,} values"
         )
     return list(value)
 
@@ -411,7 +411,9 @@ def is_pair(value: Any) -> bool:
     """Whether a value is two in order."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0 and len(value) == 2
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 2
+    return (
+        isinstance(value, Sequence) and not isinstance(value, str | bytes) and length_of(value) == 2
+    )
 
 
 def _side(side: Any, total: int) -> Vector:
