@@ -12,7 +12,7 @@ import numpy as np
 
 from nlsq_dask.evaluate.base import Request
 from nlsq_dask.model import Model
-from nlsq_dask.parameters.space import build_parameter_space
+from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.plan import choose_strategy, plan_chunks, plan_leaves
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk, Source

@@ -15,14 +15,14 @@ from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.clients import require_client
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, require_config
-from nlsq_dask.parameters.space import (
+from nlsq_dask.parameters.given import (
     BoundsLike,
-    ParameterSpace,
     StartsLike,
     build_parameter_space,
     claimed_names,
     held_names,
 )
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.phases import NanPolicy
 from nlsq_dask.progress import require_progress
 from nlsq_dask.require import require_callback, require_choice, require_flag, require_integer
@@ -209,6 +209,7 @@ def fit_dataset(
         time_units=time_units,
         jac=jac,
         claimed=claimed_names(p0, bounds, fixed) | claimed_names(ties, priors),
+        has_all_starts=p0 is not None and not isinstance(p0, Mapping),
         storage_options=storage_options,
     )
     space = build_parameter_space(

@@ -35,7 +35,6 @@ from nlsq_dask.config_file import read_options
 from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.losses import LOSSES
 from nlsq_dask.results.result import FitResult
-from nlsq_dask.telemetry import IterationRecord
 
 __all__ = ["main", "ringdown"]
 
@@ -193,13 +192,8 @@ def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, flo
         "Fitting a decaying oscillation with 5 parameters to all rows. A small random sample\n"
         "gives the start; each line below is one pass over the whole archive.\n"
     )
-    result = fit_dataset(ds, ringdown, client=client, callback=_echo_pass, progress=False)
+    result = fit_dataset(ds, ringdown, client=client, progress=True)
     return result, time.perf_counter() - start
-
-
-def _echo_pass(record: IterationRecord) -> None:
-    if record.phase == 2:
-        click.echo(f"  {record}")
 
 
 def _deviations(result: FitResult) -> Vector:

@@ -23,7 +23,7 @@ from nlsq_dask.errors import ConvergenceError
 from nlsq_dask.evaluate.clients import require_client
 from nlsq_dask.model import parameter_names, unwrap_jit
 from nlsq_dask.optimizer import AdaptiveHybridStreamingOptimizer, open_spool, require_config
-from nlsq_dask.parameters.space import BoundsLike, StartsLike
+from nlsq_dask.parameters.given import BoundsLike, StartsLike
 from nlsq_dask.require import (
     require_choice,
     require_flag,

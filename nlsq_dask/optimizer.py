@@ -22,11 +22,8 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.criterion import Criterion
 from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.evaluate.clients import active_client, require_client
-from nlsq_dask.parameters.space import (
-    BoundsLike,
-    ParameterSpace,
-    StartsLike,
-)
+from nlsq_dask.parameters.given import BoundsLike, StartsLike
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.phases import NanPolicy, fit_problem
 from nlsq_dask.places import choose_client, open_evaluator_at, platform_at
 from nlsq_dask.progress import choose_progress, require_progress, telling

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nlsq_dask._typing import ModelFunction
+from nlsq_dask.errors import ModelError
 from nlsq_dask.model import Model, build_model, parameter_names, require_jac, unwrap_jit
-from nlsq_dask.parameters.space import (
+from nlsq_dask.parameters.given import (
     BoundsLike,
-    ParameterSpace,
     StartsLike,
     build_parameter_space,
     claimed_names,
     count_parameters,
 )
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.require import require_path, shown
 from nlsq_dask.sources.arrays import build_row_source
 from nlsq_dask.sources.base import Source
@@ -70,11 +71,14 @@ def resolve_dataset(
     time_units: str | None = None,
     jac: ModelFunction | None = None,
     claimed: Collection[str] = (),
+    has_all_starts: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> ModelledRows:
     """Rows of a dataset, a store or a source, whose variables are arguments by name.
 
-    `claimed` are names that are parameters, whatever `ds` has.
+    `claimed` are names that are parameters, whatever `ds` has. An argument that is neither
+    variable nor claimed, without a default, is refused where it may be a variable misspelt;
+    with `has_all_starts`, where `p0` counts the parameters, it is none.
 
     Raises
     ------
@@ -94,6 +98,8 @@ def resolve_dataset(
         )
 
         model = build_model(function, known_names(given), x, claimed, jac)
+        if x is None and not has_all_starts:
+            _require_variables(model, known_names(given), claimed)
         roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
         source, axes, num_clusters = build_dataset_source(given, roles, time_units)
         origin = origin_of_dataset(given, pick_y(given, roles), axes, vars(roles), _described(ds))
@@ -115,6 +121,32 @@ def resolve_dataset(
         "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
         f"got {type(given).__name__}"
     )
+
+
+def _require_variables(model: Model, known: Collection[str], claimed: Collection[str]) -> None:
+    """See that what becomes a parameter because `ds` does not have it is meant to be one."""
+    unsaid = [
+        name for name in model.parameters if name not in model.defaults and name not in claimed
+    ]
+    if not unsaid:
+        return
+    remedy = "as a parameter it needs a start, by `p0` or a default"
+    plain = {_plain(name): name for name in known}
+    for name in unsaid:
+        if _plain(name) in plain:
+            raise ModelError(
+                f"`model` argument {name!r} must be a variable of `ds` or a parameter, and `ds` has "
+                f"{plain[_plain(name)]!r}; write it so, or {remedy}"
+            )
+    if not model.variables:
+        raise ModelError(
+            f"`model` must take a variable of `ds`, {shown(sorted(known))}, got the arguments "
+            f"{list(model.parameters)}; where {unsaid[0]!r} is none, {remedy}"
+        )
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", "")
 
 
 def resolve_arrays(

@@ -20,7 +20,7 @@ ORDER = [
     {"checkpoint.file"},
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
     {"parameters.space", "warmup.normalization", "model", "sources.buffers"},
-    {"sources.base", "sources.transport"},
+    {"parameters.given", "sources.base", "sources.transport"},
     {"parameters.penalties", "fingerprint"},
     {"sources.columns", "sources.dask", "sources.graph", "sources.grid", "sources.objects"},
     {"sources.stores"},

@@ -108,11 +108,10 @@ def assert_recovered(text):
 def test_demo_recovers_the_truth_and_cleans_up(tmp_path):
     done = run("demo", "--rows", 200_000, "--workers", 1, temporary=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert [line[:12] for line in done.stderr.splitlines()][:1] == ["pass 1: cost"]
     for text in (
         "Writing 200,000 rows",
         "Starting 1 worker process(es)",
-        "pass 1: cost",
         "= 200,000 rows (0 left out)",
         "cluster of 1 worker(s)",
         "Fitted values against those that the archive was made with",

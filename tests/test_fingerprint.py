@@ -15,7 +15,7 @@ from nlsq_dask import HybridStreamingConfig, fit_dataset
 from nlsq_dask.fingerprint import fingerprint_model
 from nlsq_dask.kernels.build import KernelSpec, build_kernels
 from nlsq_dask.model import Model, build_model
-from nlsq_dask.parameters.space import build_parameter_space
+from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.recent import Recent
 
 KERNELS = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nlsq_dask.kernels.build import KernelSpec, build_kernels
 from nlsq_dask.kernels.tiles import choose_tile_shape
 from nlsq_dask.model import Model
-from nlsq_dask.parameters.space import build_parameter_space
+from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.sources.base import Chunk, pad_chunk
 from nlsq_dask.terms import RowTerms
 

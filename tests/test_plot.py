@@ -41,15 +41,17 @@ def many():
     return make_fit(300_000, config=config)
 
 
-def panels(figure):
-    return {ax.get_title().partition(":")[0].partition(",")[0]: ax for ax in figure.axes}
+def panels(axes):
+    return {ax.get_title().partition(":")[0].partition(",")[0]: ax for ax in axes.flat}
 
 
 def test_few_rows_are_dots_and_the_model_a_line(few):
-    figure = few.plot()
-    assert isinstance(figure, matplotlib.figure.Figure)
+    axes = few.plot()
+    assert axes.shape == (2, 2)
+    figure = axes[0, 0].figure
+    assert figure is plt.gcf()
     assert "decay(t; amplitude, rate, offset)" in figure.get_suptitle()
-    ax = panels(figure)["Data and model"]
+    ax = panels(axes)["Data and model"]
     data, model = (line.get_xydata() for line in ax.lines)
     np.testing.assert_allclose(data[:, 1].sum(), problems.make_decay(500, seed=2)[1].sum())
     assert (np.diff(model[:, 0]) >= 0).all()
@@ -60,19 +62,19 @@ def test_few_rows_are_dots_and_the_model_a_line(few):
 
 
 def test_many_rows_are_a_density_of_a_sample(many):
-    figure = many.plot()
-    ax = panels(figure)["Data and model"]
+    axes = many.plot()
+    ax = panels(axes)["Data and model"]
     (cells,) = ax.collections
     drawn = int(cells.get_array().sum())
     assert drawn < 100_000
     assert f"{drawn:,} of 300,000 rows" in ax.get_title()
-    residuals = panels(figure)["Residuals"]
+    residuals = panels(axes)["Residuals"]
     area = sum(bar.get_width() * bar.get_height() for bar in residuals.patches)
     assert area == pytest.approx(1.0)
     again = panels(many.plot())["Residuals"]
     heights = [[bar.get_height() for bar in ax.patches] for ax in (residuals, again)]
     assert heights[0] == heights[1]  # the seed of the fit
-    figure.canvas.draw()
+    ax.figure.canvas.draw()
 
 
 def test_means_by_chunk_are_those_of_all_rows(many):
@@ -96,25 +98,25 @@ def test_of_several_variables_what_is_observed_is_drawn_over_the_model():
     y = 2 * np.exp(-0.5 * x)[:, None] + 0.3 * z
     ds = xr.Dataset({"T": (("x", "z"), y, {"units": "$K$"})}, coords={"x": x, "z": z})
     fit = fit_dataset(ds, lambda x, z, a, b, c: a * jnp.exp(-b * x) + c * z, y="T")
-    figure = fit.plot()
-    ax = panels(figure)["Data and model"]
+    ax = panels(fit.plot())["Data and model"]
     np.testing.assert_allclose(*ax.lines[0].get_xydata().T, rtol=1e-9)
     assert ax.get_ylabel() == r"T (\$K\$)"
-    figure.canvas.draw()
+    ax.figure.canvas.draw()
 
 
 def test_it_is_drawn_where_one_asks(few):
     figure = plt.figure()
     left, right = figure.subfigures(1, 2)
-    assert few.plot(figure=left) is left
-    assert len(left.axes) == 4
+    axes = few.plot(figure=left)
+    assert list(axes.flat) == left.axes
     assert not right.axes
 
 
 def test_without_data_what_is_known_is_drawn(few):
-    figure = pickle.loads(pickle.dumps(few)).plot()
-    assert list(panels(figure)) == ["Mean residual by chunk", "Convergence"]
-    figure.canvas.draw()
+    axes = pickle.loads(pickle.dumps(few)).plot()
+    assert axes.shape == (1, 2)
+    assert list(panels(axes)) == ["Mean residual by chunk", "Convergence"]
+    axes[0, 0].figure.canvas.draw()
 
 
 def test_without_matplotlib_it_says_how_to_get_it(few, monkeypatch):
@@ -128,4 +130,4 @@ def test_fits_that_failed_are_drawn_too():
     t = np.arange(40.0)
     ds = xr.Dataset({"y": ("t", t)}, coords={"t": t})
     for model in (lambda t, a: jnp.log(-jnp.abs(a) - t), lambda t, a, b: (a + b) * t):
-        fit_dataset(ds, model).plot().canvas.draw()
+        fit_dataset(ds, model).plot()[0, 0].figure.canvas.draw()

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from nlsq_dask._typing import Array, Float, Int, Vector
-from nlsq_dask.parameters.space import ParameterSpace, is_pair
+from nlsq_dask.parameters.given import is_pair
+from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.require import is_scale, real_array, shown
 
 __all__ = ["Penalties", "PenaltyRows", "build_priors", "require_priors"]

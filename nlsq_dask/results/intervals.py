@@ -61,6 +61,11 @@ def _profile_interval(fit: Outcome, chosen: Sequence[int], width: float) -> xr.D
             "method='profile' must go with loss='linear': the cost of a robust loss is no "
             f"likelihood to hold a threshold against, got loss={fit.loss!r}"
         )
+    if fit.covariance_kind != "classical":
+        raise ValueError(
+            "method='profile' must go with the classical covariance: the cost takes all rows for "
+            f"independent and their sigma for right, got covariance={fit.covariance_kind!r}"
+        )
     pcov, perr = fit.require_covariance("A profile")
     free = np.ix_(fit.is_free, fit.is_free)
     if not np.isfinite(pcov[free]).all():

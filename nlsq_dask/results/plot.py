@@ -23,11 +23,12 @@ _MAX_BINS = 60
 _DATA, _MODEL = "#3b82c4", "#d9822b"
 
 
-def plot(fit: Outcome, figure: Figure | SubFigure | None) -> Figure | SubFigure:
+def plot(fit: Outcome, figure: Figure | SubFigure | None) -> np.ndarray:
     """What `FitResult.plot` documents."""
     num_rows = 1 if fit.session is None else 2
     drawn: Figure | SubFigure = _new_figure(3.5 * num_rows) if figure is None else figure
-    axes: list[Axes] = list(drawn.subplots(num_rows, 2).flat)
+    grid = drawn.subplots(num_rows, 2, squeeze=False)
+    axes: list[Axes] = list(grid.flat)
     if fit.session is not None:
         seed = fit.diagnostics["config"]["seed"]
         rows = sample_rows(fit, fit.session, require_model(fit), seed)
@@ -36,7 +37,8 @@ def plot(fit: Outcome, figure: Figure | SubFigure | None) -> Figure | SubFigure:
     _draw_chunks(fit, axes[-2])
     _draw_convergence(fit, axes[-1])
     drawn.suptitle(_plain(_short(call_of(fit))), fontsize="medium")
-    return drawn
+    # Not the figure: a notebook would draw it twice, as an open one and as the cell's value.
+    return grid
 
 
 def _new_figure(height: float) -> Figure:

@@ -181,7 +181,7 @@ class FitResult(Outcome, Mapping[str, Any]):
         ------
         ValueError
             If `level`, `method` or `params` is not as above; by profile, if the data do not
-            determine every free parameter, or the loss is robust.
+            determine every free parameter, the loss is robust, or the covariance a sandwich.
         SessionError
             By profile, if the result came from a file or another process.
         DataError
@@ -370,7 +370,7 @@ class FitResult(Outcome, Mapping[str, Any]):
         """
         return summarise(self)
 
-    def plot(self, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+    def plot(self, figure: Figure | SubFigure | None = None) -> np.ndarray:
         """Draw data and model, residuals, their means by chunk, and convergence.
 
         Parameters
@@ -380,12 +380,12 @@ class FitResult(Outcome, Mapping[str, Any]):
 
         Returns
         -------
-        matplotlib Figure or SubFigure
+        (2, 2) array of matplotlib Axes
             Data and residuals are of a sample, drawn again with the fit's seed: at most some
             50,000 rows of a few hundred chunks, as a density where there are more than 3,000. Over
             the variable where the model has one, else observed over predicted. The means by chunk
             are of all rows, and were collected by the passes. A result from a file or another
-            process has no data: then only these means and the convergence are drawn.
+            process has no data: then only these means and the convergence are drawn, in (1, 2).
 
         Raises
         ------
