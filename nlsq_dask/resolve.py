@@ -48,6 +48,16 @@ __all__ = [
 DatasetLike: TypeAlias = "xr.Dataset | str | os.PathLike[str] | ZarrStore | Source"
 
 
+# By the name of a type, which may be of a package that is not loaded.
+_REMEDIES = {
+    "DataArray": "; pass `da.to_dataset(name=…)`, or call `da.nlsq.fit`",
+    "DataFrame": "; pass `df.to_xarray()`, or arrays to `curve_fit`",
+    "list": "; of several files, pass what `xarray.open_mfdataset` opens",
+    "tuple": "; of several files, pass what `xarray.open_mfdataset` opens",
+    "ndarray": "; pass arrays to `curve_fit`",
+}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelledRows:
     """Rows, the model of them, and where they came from."""
@@ -119,7 +129,7 @@ def resolve_dataset(
         return ModelledRows(source=given, model=model, origin=origin_of_source(given))
     raise TypeError(
         "`ds` must be an xarray.Dataset, the path or URL of a store, or a Source, "
-        f"got {type(given).__name__}"
+        f"got {type(given).__name__}{_REMEDIES.get(type(given).__name__, '')}"
     )
 
 
@@ -135,10 +145,10 @@ def _require_variables(model: Model, known: Collection[str], claimed: Collection
     for name in unsaid:
         if _plain(name) in plain:
             raise ModelError(
-                f"`model` argument {name!r} must be a variable of `ds` or a parameter, and `ds` has "
-                f"{plain[_plain(name)]!r}; write it so, or {remedy}"
+                f"`model` argument {name!r} must be a variable of `ds` or a parameter, and `ds` "
+                f"has {plain[_plain(name)]!r}; write it so, or {remedy}"
             )
-    if not model.variables:
+    if known and not model.variables:
         raise ModelError(
             f"`model` must take a variable of `ds`, {shown(sorted(known))}, got the arguments "
             f"{list(model.parameters)}; where {unsaid[0]!r} is none, {remedy}"

@@ -317,3 +317,12 @@ def test_a_robust_loss_has_no_likelihood():
     result = fit_dataset(ds, problems.decay, loss="huber")
     with pytest.raises(ValueError, match="no likelihood"):
         result.confidence_interval(method="profile")
+
+
+@pytest.mark.parametrize("options", [{"cluster": "station"}, {"covariance": "HC1"}])
+def test_a_sandwich_says_that_the_cost_is_no_likelihood(options):
+    t, y = problems.make_decay(500)
+    ds = xr.Dataset({"y": ("t", y), "station": ("t", np.arange(500) // 10)}, coords={"t": t})
+    result = fit_dataset(ds, problems.decay, y="y", **options)
+    with pytest.raises(ValueError, match=r"classical covariance: .* got covariance='(clus|HC1)"):
+        result.confidence_interval(method="profile")
