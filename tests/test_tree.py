@@ -92,7 +92,8 @@ def test_ranges_cover_all_leaves_evenly(num_leaves, num_parts):
 
 
 def test_ownership_is_sticky_and_gives_new_workers_work():
-    ownership = Ownership(split_leaves(64, 8))
+    ownership = Ownership(64)
+    ownership.refine(8)
     first = ownership.assign({"a": 1, "b": 1})
     assert sorted(first.values()).count("a") == 4
     assert ownership.assign({"b": 1, "a": 1}) == first
