@@ -108,7 +108,12 @@ def _hoard() -> None:
         time.sleep(0.02)
 
 
-_DEEDS = {"kill": _kill, "stop": _stop, "raise": _raise, "hoard": _hoard}
+def _dawdle() -> None:
+    """Long enough for something to happen meanwhile."""
+    time.sleep(4.0)
+
+
+_DEEDS = {"kill": _kill, "stop": _stop, "raise": _raise, "hoard": _hoard, "dawdle": _dawdle}
 
 
 def _lines(path: Path) -> list[str]:
@@ -261,13 +266,13 @@ def processes(folder: Path, num_workers: int, **settings: str) -> Iterator[tuple
 
 
 @contextlib.contextmanager
-def nannies(num_workers: int, **settings: Any) -> Iterator[Client]:
+def nannies(num_workers: int, memory_limit: str | None = None, **settings: Any) -> Iterator[Client]:
     """A client of a `LocalCluster` whose workers come back when they die."""
     # Dask gives up a worker that it misses after 15 seconds: one that was killed twice, too.
     settings = {"distributed.deploy.lost-worker-timeout": "1 hour", **settings}
     with (
         dask.config.set(settings),
-        start_cluster(num_workers) as cluster,
+        start_cluster(num_workers, memory_limit=memory_limit) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -13,6 +13,12 @@ from nlsq_dask.errors import WorkerError
 __all__ = ["in_touch", "is_in_touch"]
 
 
+_CLOSED = ("closing", "closed")
+_OF_CLOSED_CLIENTS: tuple[type[Exception], ...] = tuple(
+    kind for name, kind in vars(distributed.client).items() if name == "ClosedClientError"
+)  # not in all versions
+
+
 def is_in_touch(client: distributed.Client) -> bool:
     """Whether there is a scheduler to talk to: not after it is lost, nor while it is looked for."""
     return bool(client.status == "running")
@@ -28,16 +34,27 @@ def in_touch(client: distributed.Client) -> Iterator[None]:
     ------
     WorkerError
     """
-    if client.status in ("closing", "closed"):
+    if client.status in _CLOSED:
         raise WorkerError(
             f"`client` must be connected to a scheduler, got one that is {client.status}"
         )
     address = client.scheduler.address
     try:
         yield
+    except WorkerError:
+        raise
     except (OSError, CancelledError) as error:
-        reason = " ".join(str(error).split("\n")[0].split()[:40]) or type(error).__name__
-        raise WorkerError(
-            f"the scheduler at {address} must be there until the fit ends, and the connection "
-            f"to it was lost, with the work under way: {reason}; start it again, and connect to it"
-        ) from error
+        raise _lost(address, error) from error
+    except (RuntimeError, AttributeError, *_OF_CLOSED_CLIENTS) as error:
+        # A client that gives up closes what others are still using.
+        if client.status not in _CLOSED:
+            raise
+        raise _lost(address, error) from error
+
+
+def _lost(address: str, error: Exception) -> WorkerError:
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return WorkerError(
+        f"the scheduler at {address} must be there until the fit ends, and the connection "
+        f"to it was lost, with the work under way: {reason}; start it again, and connect to it"
+    )
