@@ -14,6 +14,7 @@ from pathlib import Path
 import dask
 import pytest
 from distributed import Client
+from distributed.protocol.pickle import dumps
 
 import faulty_cluster as faulty
 from faulty_cluster import (
@@ -34,6 +35,7 @@ from faulty_cluster import (
 from nlsq_dask import fit_dataset
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate import waiting
+from nlsq_dask.evaluate.departure import end_with_client
 
 pytestmark = [
     pytest.mark.cluster,
@@ -409,6 +411,26 @@ def test_workers_let_go_of_the_fit_of_a_client_that_died(rows, store, restless, 
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert_nothing_left(restless)
     counted("nothing left")
+
+
+def test_a_scheduler_needs_nothing_of_this_package():
+    """What it is sent to see to the end of a fit is read where the package cannot be imported."""
+    sent = []
+
+    class Listening:
+        id = "client-1"
+
+        def register_plugin(self, plugin, name):
+            sent.append(dumps(plugin))
+
+    end_with_client(Listening(), "nlsq-settings-1")
+    script = (
+        "import sys; sys.modules['nlsq_dask'] = None; "
+        "import pickle; plugin = pickle.loads(sys.stdin.buffer.read()); "
+        "from distributed import SchedulerPlugin; assert isinstance(plugin, SchedulerPlugin); "
+        "plugin.remove_client(None, 'another')"
+    )
+    subprocess.run([sys.executable, "-c", script], input=sent[0], check=True, timeout=60)
 
 
 # -- at any moment

@@ -14,9 +14,12 @@ __all__ = ["in_touch", "is_in_touch"]
 
 
 _CLOSED = ("closing", "closed")
-_OF_CLOSED_CLIENTS: tuple[type[Exception], ...] = tuple(
-    kind for name, kind in vars(distributed.client).items() if name == "ClosedClientError"
-)  # not in all versions
+# What a client raises of itself while it gives up and closes what others are still using.
+_OF_CLOSED_CLIENTS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    AttributeError,
+    *(kind for name, kind in vars(distributed.client).items() if name == "ClosedClientError"),
+)  # the last not in all versions
 
 
 def is_in_touch(client: distributed.Client) -> bool:
@@ -45,8 +48,7 @@ def in_touch(client: distributed.Client) -> Iterator[None]:
         raise
     except (OSError, CancelledError) as error:
         raise _lost(address, error) from error
-    except (RuntimeError, AttributeError, *_OF_CLOSED_CLIENTS) as error:
-        # A client that gives up closes what others are still using.
+    except _OF_CLOSED_CLIENTS as error:
         if client.status not in _CLOSED:
             raise
         raise _lost(address, error) from error
