@@ -34,7 +34,7 @@ from faulty_cluster import (
 )
 from nlsq_dask import fit_dataset
 from nlsq_dask.errors import WorkerError
-from nlsq_dask.evaluate import waiting
+from nlsq_dask.evaluate import waiting, worker
 from nlsq_dask.evaluate.departure import end_with_client
 
 pytestmark = [
@@ -411,6 +411,21 @@ def test_workers_let_go_of_the_fit_of_a_client_that_died(rows, store, restless, 
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert_nothing_left(restless)
     counted("nothing left")
+
+
+def test_a_worker_of_another_version_is_refused_whenever_it_comes():
+    """By itself: nobody asks it when it comes in the middle of a pass."""
+    spec = worker.HomeSpec(
+        token="1",
+        payload=b"",
+        cache_bytes=0,
+        prefetch=False,
+        precision="float64",
+        compilation_cache_dir=None,
+        jaxlib="0.0.1",
+    )
+    with pytest.raises(WorkerError, match=r"must have the client's jaxlib, 0\.0\.1, but one"):
+        worker.home_of(spec)
 
 
 def test_a_scheduler_needs_nothing_of_this_package():

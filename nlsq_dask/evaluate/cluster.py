@@ -34,7 +34,6 @@ from nlsq_dask.evaluate.reading import reading_bytes
 from nlsq_dask.evaluate.touch import in_touch, is_in_touch
 from nlsq_dask.evaluate.waiting import gather_all, wait_for_all
 from nlsq_dask.evaluate.worker import (
-    JAXLIB_VERSION,
     HomeSpec,
     ProcessSettings,
     compile_ahead,
@@ -160,11 +159,6 @@ class ClusterEvaluator:
                 ) from probe
             if isinstance(probe, Exception):
                 raise probe
-            if probe["jaxlib"] != JAXLIB_VERSION:
-                raise WorkerError(
-                    f"the workers must have the client's jaxlib, {JAXLIB_VERSION}, "
-                    f"but {address} has {probe['jaxlib']}"
-                )
         return probes
 
     def memory(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import Precision
+from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
@@ -30,7 +31,6 @@ from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
 __all__ = [
-    "JAXLIB_VERSION",
     "BlockTask",
     "HomeSpec",
     "ProcessSettings",
@@ -60,6 +60,7 @@ class HomeSpec:
     prefetch: bool
     precision: Precision
     compilation_cache_dir: str | None
+    jaxlib: str = JAXLIB_VERSION  # the client's, wherever it is unpickled
 
 
 _HOMES: dict[str, ProblemHome] = {}
@@ -74,7 +75,14 @@ def home_of(spec: HomeSpec) -> ProblemHome:
     ------
     CancelledError
         If it was let go.
+    WorkerError
+        If this process has another jaxlib than the client: workers may come at any time.
     """
+    if spec.jaxlib != JAXLIB_VERSION:
+        raise WorkerError(
+            f"the workers must have the client's jaxlib, {spec.jaxlib}, "
+            f"but one of them has {JAXLIB_VERSION}"
+        )
     with _HOMES_LOCK:
         if spec.token in _FORGOTTEN:
             raise CancelledError("the fit has ended")
@@ -122,10 +130,7 @@ def probe_worker(spec: HomeSpec) -> dict[str, Any]:
     )
     if not is_remote:
         source.read(0)
-    return {
-        "jaxlib": JAXLIB_VERSION,
-        "base_bytes": psutil.Process().memory_info().rss,
-    }
+    return {"base_bytes": psutil.Process().memory_info().rss}
 
 
 def reduce_range(
