@@ -117,6 +117,7 @@ def test_a_worker_dies(moment, rows, expected, restless, counted):
     counted("the same bits")
 
 
+@LONG
 def test_all_workers_die_between_passes(store, expected_of_store, restless, counted):
     """With what they had cached, and the problem; nannies start others."""
     restless.wait_for_workers(2, timeout=60)
@@ -347,7 +348,7 @@ def test_a_worker_runs_out_of_memory(rows, expected, counted):
 def test_every_worker_runs_out_of_memory(rows, counted, tmp_path):
     with nannies(2, memory_limit="1.5GiB") as client:
         rows.order("reduce_range", 17, "hoardalways")
-        with pytest.raises(WorkerError, match=r"at one of chunks .* of Rows .* more memory than"):
+        with pytest.raises(WorkerError, match=r"at chunks .* of Rows of .* more memory than"):
             within(WATCHDOG_SECONDS, lambda: fit(rows, client))
         assert_nothing_left(client)
     counted("an error that names the cause")
