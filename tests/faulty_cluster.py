@@ -279,12 +279,13 @@ def nannies(num_workers: int, memory_limit: str | None = None, **settings: Any) 
 
 
 def pids(client: Client) -> list[int]:
-    return list(client.run(os.getpid).values())
+    return list(client.run(os.getpid, on_error="ignore").values())
 
 
 def kill_all(numbers: list[int]) -> None:
     for number in numbers:
-        os.kill(number, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def until(is_so: Callable[[], bool], seconds: float) -> None:

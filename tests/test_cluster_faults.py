@@ -461,12 +461,15 @@ def test_workers_die_at_random_moments(seed, store, expected_of_store, restless,
     is_over, killed = threading.Event(), []
 
     def strike() -> None:
-        while len(killed) < 3 and not is_over.wait(chance.uniform(0.1, 2.5)):
-            number = chance.choice(pids(restless))
-            killed.append(number)
-            os.kill(number, signal.SIGKILL)
+        while len(killed) < 3 and not is_over.wait(chance.uniform(0.0, 0.8)):
+            if alive := sorted(pids(restless)):
+                killed.append(chance.choice(alive))
+                kill_all(killed[-1:])
 
-    options = {"cache_bytes": None, "prefetch": True}
+    def linger(record) -> None:
+        time.sleep(0.3)
+
+    options = {"cache_bytes": None, "prefetch": True, "callback": linger}
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
     try:
