@@ -163,6 +163,8 @@ def fit_dataset(
         If checkpoints cannot be written, or the one to resume is damaged or of another fit.
     MemoryProjectionError
         If the plan does not fit a worker's memory.
+    WorkerError
+        If a cluster cannot run the fit or not go on with it, with the checkpoint to go on from.
     FitInterrupted
         When interrupted from the keyboard: a KeyboardInterrupt with what the fit has come to, and
         the checkpoint to go on from. The cluster's work is cancelled.

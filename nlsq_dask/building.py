@@ -80,6 +80,7 @@ def build_problem(
         covariance=criterion.covariance_kind,
         num_clusters=rows.num_clusters,
         fingerprint=fingerprint,
+        description=rows.origin.record.description,
     )
 
 

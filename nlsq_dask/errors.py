@@ -78,7 +78,21 @@ class MemoryProjectionError(MemoryError):
 
 
 class WorkerError(RuntimeError):
-    """The cluster cannot run the fit: no workers, other versions, or a task that kept failing."""
+    """The cluster cannot run the fit, or not go on with it; no work is left on it.
+
+    It has no workers, other versions, a task that kept killing them, or a scheduler that is gone.
+
+    Attributes
+    ----------
+    checkpoint : Path or None
+        From which ``config.resume_from_checkpoint`` goes on, where one was written.
+    """
+
+    def __init__(self, text: str, checkpoint: Path | None = None) -> None:
+        if checkpoint is not None:
+            text += f"; {_goes_on_from(checkpoint)}"
+        super().__init__(text)
+        self.checkpoint = checkpoint
 
 
 class ConvergenceError(RuntimeError):
@@ -102,7 +116,11 @@ class FitInterrupted(KeyboardInterrupt):
         if result is not None:
             text += "; `result` of this exception is what it has come to"
         if checkpoint is not None:
-            text += f"; resume_from_checkpoint={str(checkpoint)!r} goes on from there"
+            text += f"; {_goes_on_from(checkpoint)}"
         super().__init__(text)
         self.result = result
         self.checkpoint = checkpoint
+
+
+def _goes_on_from(checkpoint: Path) -> str:
+    return f"resume_from_checkpoint={str(checkpoint)!r} goes on from there"

@@ -68,11 +68,13 @@ def fit_problem(
         If the model mixes rows.
     MemoryProjectionError
         If the plan does not fit the workers.
+    WorkerError
+        If a cluster cannot run the fit, or not go on with it: with the checkpoint, if there is one.
     FitInterrupted
         In the place of a KeyboardInterrupt, with what the fit has come to.
     """
     journal = open_journal(problem, config, nan_policy, Places() if places is None else places)
-    with contextlib.closing(open_evaluator()) as evaluator:
+    with journal.named_in_errors(), contextlib.closing(open_evaluator()) as evaluator:
         try:
             course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
         except KeyboardInterrupt:

@@ -41,6 +41,7 @@ class Problem:
     covariance: CovarianceKind = "classical"
     num_clusters: int = 0
     fingerprint: str | None = None  # of what the model computes, ties included
+    description: str = "the data"  # of what was given, for messages
 
     @property
     def kernel_spec(self) -> KernelSpec:

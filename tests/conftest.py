@@ -25,18 +25,21 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
-def start_cluster(num_workers: int, threads: int = 1, processes: bool = True) -> LocalCluster:
+def start_cluster(
+    num_workers: int, threads: int = 1, processes: bool = True, memory_limit: str | None = None
+) -> LocalCluster:
     return LocalCluster(
         n_workers=num_workers,
         threads_per_worker=threads,
         processes=processes,
         host="127.0.0.1" if processes else None,
         dashboard_address="127.0.0.1:0",
+        memory_limit="auto" if memory_limit is None else memory_limit,
     )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was tried with bad input and with hostile files, as their tests counted it."""
+    """What was tried with faults, bad input and hostile files, as their tests counted it."""
     tally: collections.Counter[str] = collections.Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -44,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 for what, count in report.user_properties:
                     tally[what] += count
     if tally:
-        terminalreporter.section("bad input and hostile files")
+        terminalreporter.section("faults, bad input and hostile files")
         for what, count in tally.items():
             terminalreporter.write_line(f"{count:>9,}  {what}")
 

@@ -65,6 +65,21 @@ def test_before_the_first_pass_there_is_no_result():
     assert caught.value.checkpoint is None
 
 
+def test_a_checkpoint_that_was_there_before_is_not_named(tmp_path):
+    """It is of another fit, for as long as this one has not written its own."""
+    t, y = problems.make_decay(5_000)
+    place = {"y": "y", "p0": problems.P0, "checkpoint": tmp_path / "run.h5"}
+    fit_dataset(problems.dataset(t, y), problems.decay, **place)
+    assert place["checkpoint"].exists()
+
+    def interrupt(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(FitInterrupted) as caught:
+        fit_dataset(problems.dataset(t, 2 * y), problems.decay, callback=interrupt, **place)
+    assert caught.value.checkpoint is None
+
+
 def test_a_robust_fit_is_handed_over_without_its_sandwich():
     """Which would take the pass that nobody waits for."""
     t, y = problems.make_decay(200_000)

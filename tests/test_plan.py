@@ -56,7 +56,9 @@ def test_a_plan_for_a_gpu_computes_the_same_sums(monkeypatch):
 def test_workers_of_two_kinds_are_refused(monkeypatch):
     client = SimpleNamespace(
         scheduler_info=lambda **_: {"workers": {"a": {}, "b": {}}},
-        run=lambda function: {"a": "cpu", "b": "gpu"},
+        run=lambda function, **_: {"a": "cpu", "b": "gpu"},
+        status="running",
+        scheduler=SimpleNamespace(address="tcp://scheduler:8786"),
     )
     with pytest.raises(WorkerError, match="one kind of device"):
         workers.platform_of(client)

@@ -92,7 +92,8 @@ def test_ranges_cover_all_leaves_evenly(num_leaves, num_parts):
 
 
 def test_ownership_is_sticky_and_gives_new_workers_work():
-    ownership = Ownership(split_leaves(64, 8))
+    ownership = Ownership(64)
+    ownership.refine(8)
     first = ownership.assign({"a": 1, "b": 1})
     assert sorted(first.values()).count("a") == 4
     assert ownership.assign({"b": 1, "a": 1}) == first
@@ -102,3 +103,23 @@ def test_ownership_is_sticky_and_gives_new_workers_work():
     shrunk = ownership.assign({"b": 1, "c": 2})
     assert set(shrunk.values()) == {"b", "c"}
     assert all(shrunk[r] == owner for r, owner in grown.items() if owner == "c")
+
+
+def test_ranges_are_cut_finer_for_more_workers_and_stay_where_they_were():
+    ownership = Ownership(64)
+    ownership.refine(1)
+    assert ownership.assign({"a": 1}) == {range(64): "a"}
+    ownership.refine(4)
+    grown = ownership.assign({"a": 1, "b": 1})
+    assert [leaf for leaves in grown for leaf in leaves] == list(range(64))
+    assert sorted(grown.values()) == ["a", "a", "b", "b"]
+    ownership.refine(2)  # one left, and may come back
+    assert ownership.assign({"a": 1, "b": 1}) == grown
+    ownership.refine(8)
+    finer = ownership.assign({"a": 1, "b": 1})
+    assert all(
+        finer[part] == owner
+        for leaves, owner in grown.items()
+        for part in finer
+        if part.start in leaves
+    )

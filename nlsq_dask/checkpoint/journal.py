@@ -24,7 +24,7 @@ from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.checkpoint.identity import identify, require_same, require_same_sample, sample_digest
 from nlsq_dask.checkpoint.snapshot import Snapshot, from_sections, to_sections
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, WorkerError
 from nlsq_dask.problem import Problem
 from nlsq_dask.sample import Sample
 
@@ -59,6 +59,7 @@ class Journal:
         self.resumed = resumed
         self._identity = dict(identity)
         self._saved_identity = saved_identity
+        self._has_written = False
 
     @property
     def is_used(self) -> bool:
@@ -92,12 +93,27 @@ class Journal:
             return
         sections: Sections = {"identity": self._identity, "about": {**_versions(), **about}}
         write_checkpoint(self.path, sections | to_sections(snapshot))
+        self._has_written = True
         _LOGGER.debug("Wrote the checkpoint %s.", self.path)
 
     @property
     def written(self) -> Path | None:
-        """The checkpoint, where one was written."""
-        return self.path if self.path is not None and self.path.exists() else None
+        """The checkpoint to go on from: written by this fit, or the one that it went on from."""
+        return self.path if self._has_written else self.resumed_from
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Say from where to go on after what the fit itself is not to blame for."""
+        try:
+            yield
+        except WorkerError as error:
+            if self.written is None:
+                raise
+            raise WorkerError(str(error), self.written) from error
+        except (OSError, MemoryError) as error:
+            if self.written is not None:
+                error.add_note(f"resume_from_checkpoint={str(self.written)!r} goes on from there")
+            raise
 
     def describe(self) -> dict[str, str | None]:
         """For the result: what is written, and what was read."""

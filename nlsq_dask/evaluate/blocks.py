@@ -13,6 +13,7 @@ import numpy as np
 
 from nlsq_dask.evaluate.base import Request
 from nlsq_dask.evaluate.tree import bin_level
+from nlsq_dask.evaluate.waiting import wait_for_all
 from nlsq_dask.evaluate.worker import BlockTask, HomeSpec, merge_reports
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.dask import DaskColumn
@@ -70,9 +71,10 @@ class DaskBlocks:
         quiet = dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"})
         with quiet, client.as_current():
             kept = client.persist(list(self._arrays.values()))
-            distributed.wait(kept)
+        futures = {future.key: future for future in distributed.futures_of(kept)}
+        wait_for_all(client, dict.fromkeys(futures.values(), 0))
         self._arrays = dict(zip(self._arrays, kept, strict=True))
-        self._futures = {future.key: future for future in distributed.futures_of(kept)}
+        self._futures = futures
 
     def futures_of(self, leaves: range) -> dict[int, dict[str, Any]]:
         """The blocks of some leaves, where they are kept."""

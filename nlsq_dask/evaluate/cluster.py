@@ -8,10 +8,10 @@ where they do not fit, each is loaded and reduced by one task, and let go.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -23,15 +23,17 @@ import psutil
 from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import WorkerError
+from nlsq_dask.evaluate.autopsy import find_deadly, spans_of
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.blocks import DaskBlocks
+from nlsq_dask.evaluate.departure import end_with_client
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.ownership import Ownership
 from nlsq_dask.evaluate.reading import reading_bytes
-from nlsq_dask.evaluate.tree import split_leaves
+from nlsq_dask.evaluate.touch import in_touch, is_in_touch
+from nlsq_dask.evaluate.waiting import gather_all, wait_for_all
 from nlsq_dask.evaluate.worker import (
-    JAXLIB_VERSION,
     HomeSpec,
     ProcessSettings,
     compile_ahead,
@@ -42,7 +44,7 @@ from nlsq_dask.evaluate.worker import (
     reduce_range,
     same_spec,
 )
-from nlsq_dask.evaluate.workers import run_on_all, workers_of
+from nlsq_dask.evaluate.workers import ask_all, register_on_all, workers_of
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
@@ -78,22 +80,23 @@ class ClusterEvaluator:
         workers = workers_of(client)
         self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
         self._num_threads = max(w["nthreads"] for w in workers.values())
-        num_slots = sum(w["nthreads"] for w in workers.values())
-        # As many for every thread: one more than that, and a pass waits for its second round.
-        rounds = problem.source.num_rows // (_ROWS_PER_TASK * num_slots)
-        num_tasks = num_slots * min(max(rounds, 1), _TASKS_PER_THREAD)
-        self._ownership = Ownership(split_leaves(problem.source.num_chunks, num_tasks))
+        self._num_workers = len(workers)
+        self._ownership = Ownership(problem.source.num_chunks)
         self._blocks = DaskBlocks(problem)
         room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
         self._fits = self._blocks.nbytes <= _PERSIST_SHARE * room
         self._cache_bytes = self._choose_cache_bytes(len(workers))
+        self._home: Any = None
         with contextlib.ExitStack() as undo:
-            client.register_plugin(ProcessSettings(self._token), name=self._plugin_name)
-            self._send_problem()
             undo.callback(self.close)
+            with in_touch(client):
+                end_with_client(client, self._plugin_name)
+            register_on_all(client, ProcessSettings(self._token), self._plugin_name)
+            self._send_problem()
             self._probes = self._probe_workers()
             if self._blocks and self._fits:
-                self._blocks.persist(client)
+                with in_touch(client):
+                    self._blocks.persist(client)
             undo.pop_all()
 
     @property
@@ -102,7 +105,6 @@ class ClusterEvaluator:
 
     @property
     def description(self) -> str:
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
         how = "store read by the workers"
         if self._blocks:
             how = "Dask blocks kept by the workers"
@@ -110,7 +112,7 @@ class ClusterEvaluator:
                 how = "store read by the workers, beside Dask blocks that they keep"
             if not self._blocks.is_persisted:
                 how = "Dask blocks computed in every pass: they exceed the workers' memory"
-        return f"cluster of {len(workers)} worker(s), {how}"
+        return f"cluster of {self._num_workers} worker(s), {how}"
 
     @property
     def keeps_rows(self) -> bool:
@@ -131,9 +133,9 @@ class ClusterEvaluator:
             precision=self._config.precision,
             compilation_cache_dir=self._config.compilation_cache_dir,
         )
-        self._home = self._client.submit(
-            same_spec, self._spec, key=f"nlsq-problem-{self._token}", pure=False, retries=2
-        )
+        key = f"nlsq-problem-{self._token}"
+        with in_touch(self._client):
+            self._home = self._client.submit(same_spec, self._spec, key=key, pure=False, retries=2)
 
     def _choose_cache_bytes(self, num_workers: int) -> int:
         """Of decoded chunks, in each worker: what the blocks that Dask holds there leave."""
@@ -148,19 +150,15 @@ class ClusterEvaluator:
 
     def _probe_workers(self) -> dict[str, dict[str, Any]]:
         """See that every worker can do the work, before any is asked of it."""
-        try:
-            probes: dict[str, dict[str, Any]] = run_on_all(self._client, probe_worker, self._spec)
-        except OSError as error:
-            raise WorkerError(
-                f"`ds` must be readable from every worker, but one could not: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        probes = ask_all(self._client, probe_worker, self._spec)
         for address, probe in probes.items():
-            if probe["jaxlib"] != JAXLIB_VERSION:
+            if isinstance(probe, OSError):
                 raise WorkerError(
-                    f"the workers must have the client's jaxlib, {JAXLIB_VERSION}, "
-                    f"but {address} has {probe['jaxlib']}"
-                )
+                    f"`ds` must be readable from every worker, but one could not, {address}: "
+                    f"{type(probe).__name__}: {probe}"
+                ) from probe
+            if isinstance(probe, Exception):
+                raise probe
         return probes
 
     def memory(self) -> dict[str, Any]:
@@ -190,7 +188,7 @@ class ClusterEvaluator:
             self._submit(compile_ahead, self._home, key=f"nlsq-compile-{i}", owner=address)
             for i, address in enumerate(workers_of(self._client))
         ]
-        needed: list[int] = self._gather(futures)
+        needed: list[int] = self._gather(futures, [range(1)] * len(futures))
         return max(needed)
 
     # -- passes
@@ -202,10 +200,9 @@ class ClusterEvaluator:
         source = self._problem.source
         title = f"pass {self._num_passes}"
         with over(self._progress, title, source.num_rows, source.num_chunks) as on_leaves:
+            owners = self._owners()
             reports: list[RangeReport] = self._gather(
-                self._submit_pass(request),
-                [len(leaves) for leaves in self._ownership.ranges],
-                on_leaves,
+                self._submit_pass(request, owners), list(owners), on_leaves
             )
         sums, bins = fold_reports(reports, source.num_chunks)
         return Pass(
@@ -221,33 +218,35 @@ class ClusterEvaluator:
             return sum(report.bytes_read for report in reports)
         return self._blocks.nbytes if self._num_passes == 1 else 0
 
-    def _submit_pass(self, request: Request) -> list[Any]:
+    def _submit_pass(self, request: Request, owners: Mapping[range, str]) -> list[Any]:
         """A future for each range of leaves, in their order."""
         if self._blocks and not self._blocks.is_persisted:
             name = f"nlsq-pass-{self._num_passes}-{uuid.uuid4().hex[:8]}"
-            merged = self._blocks.reduction(self._spec, request, self._ownership.ranges, name)
-            futures: list[Any] = self._client.compute(merged, retries=self._retries)
-            return futures
-        owners = self._owners()
+            merged = self._blocks.reduction(self._spec, request, list(owners), name)
+            return self._compute(merged)
         return [
             self._submit(
                 reduce_range,
                 self._home,
                 leaves,
                 request,
-                owners[leaves],
-                [other for other, its in owners.items() if its == owners[leaves]],
+                owner,
+                [other for other, its in owners.items() if its == owner],
                 self._blocks.futures_of(leaves) if self._blocks else None,
                 key=f"nlsq-pass-{self._num_passes}-{leaves.start}:{leaves.stop}",
-                owner=owners[leaves],
+                owner=owner,
             )
-            for leaves in self._ownership.ranges
+            for leaves, owner in owners.items()
         ]
 
     def _owners(self) -> dict[range, str]:
         """Who owns which leaves now: workers come and go between passes."""
-        workers = workers_of(self._client)
-        return self._ownership.assign({address: w["nthreads"] for address, w in workers.items()})
+        threads = {address: w["nthreads"] for address, w in workers_of(self._client).items()}
+        num_slots, self._num_workers = sum(threads.values()), len(threads)
+        # As many for every thread: one more than that, and a pass waits for its second round.
+        rounds = self._problem.source.num_rows // (_ROWS_PER_TASK * num_slots)
+        self._ownership.refine(num_slots * min(max(rounds, 1), _TASKS_PER_THREAD))
+        return self._ownership.assign(threads)
 
     def map_chunks(
         self, function: Callable[[int, Chunk], _Value], indices: Sequence[int]
@@ -255,10 +254,11 @@ class ClusterEvaluator:
         """``[function(i, chunk_i), …]``, computed by the workers."""
         source = self._problem.source
         num_rows = round(source.num_rows * len(indices) / source.num_chunks)
-        groups = [[i] for i in indices] if self._blocks else self._by_owner(indices)
+        owners = self._owners()
+        groups = [[i] for i in indices] if self._blocks else _by_owner(indices, owners)
         with over(self._progress, "sample", num_rows, len(indices)) as on_leaves:
-            futures = self._submit_map(function, groups)
-            each = self._gather(futures, [len(group) for group in groups], on_leaves)
+            futures = self._submit_map(function, groups, owners)
+            each = self._gather(futures, groups, on_leaves)
         values = {
             index: value
             for group, mapped in zip(groups, each, strict=True)
@@ -266,17 +266,11 @@ class ClusterEvaluator:
         }
         return [values[index] for index in indices]
 
-    def _by_owner(self, indices: Sequence[int]) -> list[list[int]]:
-        """In groups of one owner each: within a task, chunks are read ahead."""
-        groups = []
-        for leaves in self._ownership.ranges:
-            wanted = [i for i in indices if i in leaves]
-            size = max(1, -(-len(wanted) // _TASKS_PER_THREAD))
-            groups += [wanted[i : i + size] for i in range(0, len(wanted), size)]
-        return groups
-
     def _submit_map(
-        self, function: Callable[[int, Chunk], _Value], groups: Sequence[Sequence[int]]
+        self,
+        function: Callable[[int, Chunk], _Value],
+        groups: Sequence[Sequence[int]],
+        owners: Mapping[range, str],
     ) -> list[Any]:
         label = f"nlsq-sample-{uuid.uuid4().hex[:8]}"
         if self._blocks:
@@ -290,9 +284,8 @@ class ClusterEvaluator:
                 )
                 for (index,) in groups
             ]
-            futures: list[Any] = self._client.compute(calls, retries=self._retries)
-            return futures
-        owner_of = {i: owner for leaves, owner in self._owners().items() for i in leaves}
+            return self._compute(calls)
+        owner_of = {i: owner for leaves, owner in owners.items() for i in leaves}
         return [
             self._submit(
                 map_chunks,
@@ -310,75 +303,109 @@ class ClusterEvaluator:
 
     def _submit(self, function: Callable[..., Any], *arguments: Any, key: str, owner: str) -> Any:
         """A task for its owner, or whoever is left when that is gone."""
-        return self._client.submit(
-            function,
-            *arguments,
-            key=f"{key}-{self._token}",
-            pure=False,
-            retries=self._retries,
-            workers=[owner],
-            allow_other_workers=True,
-        )
+        with in_touch(self._client):
+            return self._client.submit(
+                function,
+                *arguments,
+                key=f"{key}-{self._token}",
+                pure=False,
+                retries=self._retries,
+                workers=[owner],
+                allow_other_workers=True,
+            )
+
+    def _compute(self, graph: Sequence[Any]) -> list[Any]:
+        with in_touch(self._client):
+            futures: list[Any] = self._client.compute(graph, retries=self._retries)
+            return futures
 
     def _gather(
         self,
         futures: Sequence[Any],
-        num_leaves: Sequence[int] | None = None,
+        leaves: Sequence[Sequence[int]],
         on_leaves: OnLeaves = lambda _: None,
     ) -> list[Any]:
         """Their results; as each comes in, `on_leaves` hears how many leaves it was of.
 
         Whatever ends the wait early, an interrupt too, ends the tasks.
+
+        Raises
+        ------
+        WorkerError
+            If the tasks cannot be done: they kill their workers, or none is left, or the
+            scheduler is.
         """
-        counts = [0] * len(futures) if num_leaves is None else num_leaves
+        counts = dict(zip(futures, map(len, leaves), strict=True))
         with contextlib.ExitStack() as at_error:
             at_error.callback(self._stop, futures)
-            _wait(dict(zip(futures, counts, strict=True)), on_leaves)
+            wait_for_all(self._client, counts, on_leaves)
             try:
-                gathered: list[Any] = self._client.gather(list(futures))
+                gathered = gather_all(self._client, futures)
             except distributed.KilledWorker as error:
+                died = [i for i, future in enumerate(futures) if future.status == "error"]
+                raise self._killed(error, futures, [leaves[i] for i in died]) from error
+            except CancelledError as error:
                 raise WorkerError(
-                    f"a task of the fit kept killing its worker: {error.task}; its leaves may be "
-                    "unreadable, or need more memory than a worker has"
+                    f"the tasks of a fit must be left to it, and were cancelled: {error}"
                 ) from error
             at_error.pop_all()
         for future in futures:
             future.release()
         return gathered
 
+    def _killed(
+        self,
+        error: distributed.KilledWorker,
+        futures: Sequence[Any],
+        leaves: Sequence[Sequence[int]],
+    ) -> WorkerError:
+        """What to say of tasks that were blamed for dead workers."""
+        suspects = sorted({leaf for its in leaves for leaf in its})
+        self._stop(futures)  # or the question would wait behind them
+        deadly = None if self._blocks else find_deadly(self._client, self._spec, suspects)
+        where = f"{spans_of(suspects)} of {self._problem.description}"
+        if deadly is not None:
+            where = f"chunk {deadly} of {self._problem.description}, which only to read is deadly"
+        return WorkerError(
+            f"a task of the fit kept killing its worker, at last {error.last_worker.address}, at "
+            f"{where}; its leaves may be damaged, or need more memory than a worker has: see the "
+            "workers' logs"
+        )
+
     def _stop(self, futures: Sequence[Any]) -> None:
         """Cancel what waits, and have what runs end after its leaf: no thread can be stopped."""
-        with contextlib.suppress(OSError):
+        if not is_in_touch(self._client):
+            return
+        with contextlib.suppress(WorkerError), in_touch(self._client):
             self._client.cancel(list(futures), force=True)
-            self._client.run(forget_home, self._token)
+            self._client.run(forget_home, self._token, on_error="ignore")
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """To the scheduler, under the topic ``nlsq_dask``: `Client.get_events` has them."""
-        self._client.log_event(EVENTS_TOPIC, dict(event))
+        # Of a scheduler that is lost hears the next pass, if there is one.
+        with contextlib.suppress(WorkerError), in_touch(self._client):
+            self._client.log_event(EVENTS_TOPIC, dict(event))
 
     def close(self) -> None:
-        """Leave nothing behind: neither tasks nor chunks nor the plugin."""
-        self._home.release()
-        with contextlib.suppress(OSError):
-            self._client.run(forget_home, self._token)
+        """Leave nothing behind: neither tasks nor chunks nor plugins."""
+        if self._home is not None:
+            self._home.release()
         self._blocks.release()
-        with contextlib.suppress(OSError, ValueError):
-            self._client.unregister_worker_plugin(self._plugin_name)
+        if not is_in_touch(self._client):
+            return  # to the scheduler, if there is one, the client is gone: it does the same
+        client = self._client
+        with contextlib.suppress(WorkerError), in_touch(client):
+            client.run(forget_home, self._token, on_error="ignore")
+            for unregister in (client.unregister_scheduler_plugin, client.unregister_worker_plugin):
+                with contextlib.suppress(ValueError):  # it was not registered yet
+                    unregister(self._plugin_name)
 
 
-def _wait(num_leaves: Mapping[Any, int], on_leaves: OnLeaves) -> None:
-    """Until all futures are done, or one has failed. An interrupt leaves no coroutine behind."""
-    waiting, lock, is_over = len(num_leaves), threading.Lock(), threading.Event()
-
-    def one_is_done(future: Any) -> None:
-        nonlocal waiting
-        with lock:
-            waiting -= 1
-            is_last = waiting == 0
-        on_leaves(num_leaves[future])
-        if is_last or future.status != "finished":
-            is_over.set()
-
-    for future in num_leaves:
-        future.add_done_callback(one_is_done)
-    is_over.wait()
+def _by_owner(indices: Sequence[int], owners: Mapping[range, str]) -> list[list[int]]:
+    """In groups of one owner each: within a task, chunks are read ahead."""
+    groups = []
+    for leaves in owners:
+        wanted = [i for i in indices if i in leaves]
+        size = max(1, -(-len(wanted) // _TASKS_PER_THREAD))
+        groups += [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    return groups

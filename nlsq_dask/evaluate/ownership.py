@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+from nlsq_dask.evaluate.tree import split_leaves
 
 __all__ = ["Ownership"]
 
@@ -10,9 +12,24 @@ __all__ = ["Ownership"]
 class Ownership:
     """Ranges of leaves and their owners, kept from pass to pass as far as workers stay."""
 
-    def __init__(self, ranges: Sequence[range]) -> None:
-        self.ranges = tuple(ranges)
+    def __init__(self, num_leaves: int) -> None:
+        self._num_leaves = num_leaves
+        self._num_parts = 0
+        self.ranges: tuple[range, ...] = ()
         self._owners: dict[range, str] = {}
+
+    def refine(self, num_parts: int) -> None:
+        """Cut the leaves into as many ranges, or leave those that there are if they are more.
+
+        Each goes to who had its first leaf. What is cut finer stays so: workers that left may
+        come back.
+        """
+        if num_parts <= self._num_parts:
+            return
+        owner_of = {leaf: owner for leaves, owner in self._owners.items() for leaf in leaves}
+        self._num_parts = num_parts
+        self.ranges = tuple(split_leaves(self._num_leaves, num_parts))
+        self._owners = {r: owner_of[r.start] for r in self.ranges if r.start in owner_of}
 
     def assign(self, threads: Mapping[str, int]) -> dict[range, str]:
         """An owner for every range, in proportion to the workers' threads.

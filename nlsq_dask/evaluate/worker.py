@@ -6,7 +6,9 @@ import contextlib
 import importlib.metadata
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from nlsq_dask.compilation import keep_compiled
 from nlsq_dask.config import Precision
+from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
@@ -28,7 +31,6 @@ from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
 __all__ = [
-    "JAXLIB_VERSION",
     "BlockTask",
     "HomeSpec",
     "ProcessSettings",
@@ -58,15 +60,32 @@ class HomeSpec:
     prefetch: bool
     precision: Precision
     compilation_cache_dir: str | None
+    jaxlib: str = JAXLIB_VERSION  # the client's, wherever it is unpickled
 
 
 _HOMES: dict[str, ProblemHome] = {}
+_FORGOTTEN: deque[str] = deque(maxlen=100)  # a late task must not set up again what was let go
 _HOMES_LOCK = threading.Lock()
 
 
 def home_of(spec: HomeSpec) -> ProblemHome:
-    """This process's home of the problem: kernels survive from task to task."""
+    """This process's home of the problem: kernels survive from task to task.
+
+    Raises
+    ------
+    CancelledError
+        If it was let go.
+    WorkerError
+        If this process has another jaxlib than the client: workers may come at any time.
+    """
+    if spec.jaxlib != JAXLIB_VERSION:
+        raise WorkerError(
+            f"the workers must have the client's jaxlib, {spec.jaxlib}, "
+            f"but one of them has {JAXLIB_VERSION}"
+        )
     with _HOMES_LOCK:
+        if spec.token in _FORGOTTEN:
+            raise CancelledError("the fit has ended")
         if spec.token not in _HOMES:
             if spec.compilation_cache_dir is not None:
                 keep_compiled(spec.compilation_cache_dir)
@@ -82,6 +101,7 @@ def forget_home(token: str) -> None:
     """Let go of a problem. What still runs on it ends after the leaf that it is at."""
     with _HOMES_LOCK:
         home = _HOMES.pop(token, None)
+        _FORGOTTEN.append(token)
     if home is not None:
         home.is_stopped.set()
 
@@ -110,10 +130,7 @@ def probe_worker(spec: HomeSpec) -> dict[str, Any]:
     )
     if not is_remote:
         source.read(0)
-    return {
-        "jaxlib": JAXLIB_VERSION,
-        "base_bytes": psutil.Process().memory_info().rss,
-    }
+    return {"base_bytes": psutil.Process().memory_info().rss}
 
 
 def reduce_range(
@@ -197,17 +214,21 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
 class ProcessSettings(WorkerPlugin):
     """For a fit: the size of XLA's thread pool, and freed memory kept at hand.
 
-    Dask applies the plugin again to a worker that was restarted.
+    Dask applies the plugin again to a worker that was restarted. Taking it away lets go of the
+    problem, too: that is how a scheduler ends the fit of a client that died.
     """
 
     def __init__(self, token: str) -> None:
         self._token = token
 
     def setup(self, worker: Any) -> None:
+        with _HOMES_LOCK, contextlib.suppress(ValueError):
+            _FORGOTTEN.remove(self._token)  # registered again, after a worker died of it
         _fit_thread_pool(worker)
         keep_freed_memory(self._token)
 
     def teardown(self, worker: Any) -> None:
+        forget_home(self._token)
         return_freed_memory(self._token)
 
 
