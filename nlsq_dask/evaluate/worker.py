@@ -22,10 +22,12 @@ from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.marks import merge_marks
 from nlsq_dask.evaluate.reading import Meter
 from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
+from nlsq_dask.sources.transport import at_chunk
 
 __all__ = [
     "JAXLIB_VERSION",
@@ -58,6 +60,7 @@ class HomeSpec:
     prefetch: bool
     precision: Precision
     compilation_cache_dir: str | None
+    may_retry: bool = True
 
 
 _HOMES: dict[str, ProblemHome] = {}
@@ -74,6 +77,7 @@ def home_of(spec: HomeSpec) -> ProblemHome:
                 problem=cloudpickle.loads(spec.payload),
                 cache_bytes=spec.cache_bytes,
                 prefetch=spec.prefetch,
+                may_retry=spec.may_retry,
             )
         return _HOMES[spec.token]
 
@@ -109,7 +113,8 @@ def probe_worker(spec: HomeSpec) -> dict[str, Any]:
         isinstance(column, RemoteColumn) for column in source.columns.values()
     )
     if not is_remote:
-        source.read(0)
+        with at_chunk(0):
+            source.read(0)
     return {
         "jaxlib": JAXLIB_VERSION,
         "base_bytes": psutil.Process().memory_info().rss,
@@ -191,6 +196,9 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
         peak_memory_bytes=max(report.peak_memory_bytes for report in each),
         process=each[-1].process,
         offending_leaves=tuple(leaf for report in each for leaf in report.offending_leaves)[:16],
+        marks=merge_marks(report.marks for report in each),
+        missing=frozenset().union(*(report.missing for report in each)),
+        num_retries=sum(report.num_retries for report in each),
     )
 
 
