@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import problems
-from endpoints import KEY, SECRET, serve_s3, upload
+from endpoints import KEY, SECRET, serve_files, serve_s3, upload
 from faulty_proxy import KINDS, Faults, serve_faulty
 from nlsq_dask import Chunk, HybridStreamingConfig, fit_dataset
 from nlsq_dask.errors import (
@@ -32,6 +33,7 @@ from nlsq_dask.errors import (
     StoreLockedError,
     StoreUnreachableError,
 )
+from nlsq_dask.evaluate import cluster
 from nlsq_dask.evaluate.marks import add_marks, differing_leaves, fold_marks
 from nlsq_dask.sources import retrying
 from nlsq_dask.sources.marks import mark_of
@@ -137,8 +139,11 @@ def test_the_same_bits_when_a_fifth_of_all_requests_fail(
     tally(record_property, faults, survived=1)
 
 
+LONG = pytest.param("fsspec", marks=pytest.mark.slow)
+
+
 @pytest.mark.cluster
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["obstore", LONG])
 def test_the_same_bits_on_processes_when_a_fifth_of_all_requests_fail(
     transport, proxy, expected, client, record_property
 ):
@@ -166,6 +171,19 @@ def test_the_checksum_of_the_service_is_one_where_fsspec_reads(proxy, expected, 
     tally(record_property, faults, survived=1)
 
 
+def test_what_no_library_tries_again_the_reader_does(folder, expected, caplog, record_property):
+    """Over HTTP fsspec asks once."""
+    caplog.set_level(logging.INFO, "nlsq_dask")
+    with serve_files(folder) as (files, _), serve_faulty(files) as (url, faults):
+        faults.share, faults.within = 0.2, "/c/"
+        result = fit(f"{url}/checked.zarr", storage_options={"simple_links": True})
+    assert_same_bits(result, expected)
+    assert result.diagnostics["transports"] == ["fsspec"]
+    assert {"refuse", "reset", "truncate"} <= set(faults.done)
+    assert "Reading 'y/c/" in caplog.text
+    tally(record_property, faults, survived=1)
+
+
 def garbled_fits(url: str, faults: Faults, expected, seeds: range, **options) -> tuple[int, int]:
     """How many fits of the archive without checksums gave the same bits, and how many an error."""
     outcomes = []
@@ -190,10 +208,29 @@ def test_garbage_of_the_right_length_is_never_fitted(
 ):
     url, faults = proxy
     faults.share, faults.kinds, faults.within = share, ("garble",), "/c/"
-    survived, named = garbled_fits(url, faults, expected, range(3))
+    survived, named = garbled_fits(url, faults, expected, range(2))
     assert faults.num_faults > 0
     assert named > 0 or share < 0.1
     tally(record_property, faults, survived=survived, named=named)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("archive", ["checked.zarr", "bare.zarr"])
+def test_many_seeds_on_processes(
+    archive, transport, seed, proxy, expected, client, record_property
+):
+    url, faults = proxy
+    faults.share, faults.seed = 0.2, seed
+    if archive == "bare.zarr" and transport == "obstore":
+        faults.share, faults.kinds, faults.within = 0.02, ("garble",), "/c/"
+        survived, named = garbled_fits(url, faults, expected, range(seed, seed + 1), client=client)
+        tally(record_property, faults, survived=survived, named=named)
+        return
+    assert_same_bits(fit_url(url, archive, transport, client=client), expected)
+    tally(record_property, faults, survived=1)
 
 
 def test_a_transfer_that_was_garbled_later_is_read_again(proxy, expected, record_property):
@@ -222,7 +259,7 @@ def test_without_fault_tolerance_nothing_is_tried_again(proxy):
 # -- permanent
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["obstore", LONG])  # s3fs takes its time
 def test_a_chunk_that_is_never_served_is_named(transport, proxy, quick, record_property):
     url, faults = proxy
     faults.share, faults.kinds, faults.within = 1.0, ("refuse",), "checked.zarr/y/c/7"
@@ -384,6 +421,22 @@ def test_a_worker_that_never_saw_the_chunk_before_does_not_hide_that_it_changed(
         fit(path, callback=after_the_first_pass(change), client=client)
 
 
+@pytest.mark.cluster
+def test_blocks_of_dask_that_are_computed_in_every_pass_have_to_stay_the_same(
+    folder, tmp_path, client, monkeypatch
+):
+    path = tmp_path / "a.zarr"
+    shutil.copytree(folder / "checked.zarr", path)
+    monkeypatch.setattr(cluster, "_PERSIST_SHARE", 0.0)
+    with pytest.raises(DataChangedError, match=r"chunks? 4 of "):
+        fit(
+            xr.open_zarr(path) + 0.0,
+            callback=after_the_first_pass(lambda: shift(path)),
+            client=client,
+            config=replace(NOT_KEPT, max_retries_per_batch=0),
+        )
+
+
 @pytest.mark.parametrize("name", ["t", "y"])
 def test_a_fit_is_not_resumed_on_other_data(name, folder, tmp_path):
     path, saved = tmp_path / "a.zarr", tmp_path / "run.h5"
@@ -447,7 +500,7 @@ def test_marks_add_up_the_same_however_leaves_are_grouped(num_leaves, parts, see
 # -- chunks that are not there
 
 
-@pytest.mark.parametrize("way", ["path", "obstore", "fsspec", "cluster"])
+@pytest.mark.parametrize("way", ["path", "obstore", LONG, "cluster"])
 def test_a_missing_chunk_is_its_fill_value_and_reported(way, folder, tmp_path, request):
     path = tmp_path / "a.zarr"
     shutil.copytree(folder / "checked.zarr", path)

@@ -97,7 +97,8 @@ def _patiently(
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {redacted(error).splitlines()[0] if str(error) else ''}"
+    said = redacted(error).partition("\n")[0]
+    return said if isinstance(error, StoreDamagedError) else f"{type(error).__name__}: {said}"
 
 
 def _text(index: Sequence[slice]) -> str:

@@ -64,14 +64,17 @@ def current_log() -> ReadingLog:
 
 
 def pauses(*, is_far: bool = True) -> Iterator[float]:
-    """Seconds to wait before each further attempt, as long as there may be one.
+    """Seconds to wait before each further attempt, as long as there may be one; from now on.
 
     Twice as long each time, and between half of that and all of it at random: processes that
     failed together do not come back together.
     """
-    started, log = time.monotonic(), current_log()
+    return _pauses(_MOST_TRIES if is_far else _TRIES_NEARBY, time.monotonic(), current_log())
+
+
+def _pauses(most_tries: int, started: float, log: ReadingLog) -> Iterator[float]:
     longest = _FIRST_SECONDS
-    for _ in range(1, _MOST_TRIES if is_far else _TRIES_NEARBY):
+    for _ in range(1, most_tries):
         if not log.may_retry or time.monotonic() - started > _PATIENCE_SECONDS:
             return
         log.num_retries += 1

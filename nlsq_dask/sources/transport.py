@@ -138,6 +138,13 @@ def reported_reading(transport: str, place: str) -> Iterator[None]:
     """The same for rows of a store that was opened.
 
     Of a disk, errors that have a number are the system's own, and go through.
+
+    Raises
+    ------
+    StoreDamagedError
+        With the library's reason alone: what was read may still turn out to be whole.
+    StoreDeniedError, StoreLockedError, StoreNotFoundError, StoreUnreachableError
+        Naming `place`.
     """
     try:
         yield
@@ -145,12 +152,14 @@ def reported_reading(transport: str, place: str) -> Iterator[None]:
         if type(error).__module__.startswith("nlsq_dask"):
             raise
         if isinstance(error, gzip.BadGzipFile) or str(error) == _OF_BZ2:
-            raise StoreDamagedError(f"{place}: {error}") from None
+            raise StoreDamagedError(reason_of(error)) from None
         if type(error).__module__ != "builtins" or comes_late(transport):
             raise _refusal_of(error, place) from None
         refusal = _refusal_of_file(error, place)
         if refusal is None:
             raise
+        if isinstance(refusal, StoreDamagedError):
+            raise StoreDamagedError(reason_of(error)) from None
         raise refusal from None
 
 
