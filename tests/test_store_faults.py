@@ -422,6 +422,24 @@ def test_a_worker_that_never_saw_the_chunk_before_does_not_hide_that_it_changed(
 
 
 @pytest.mark.cluster
+def test_the_first_pass_is_held_to_what_the_sample_was_drawn_from(folder, tmp_path, client):
+    path = tmp_path / "a.zarr"
+    shutil.copytree(folder / "checked.zarr", path)
+    told = []
+
+    def change(record) -> None:
+        if not told:
+            shift(path)
+            client.run(forget_marks)
+        told.append(record.phase)
+
+    config = replace(NOT_KEPT, callback_frequency=1)
+    with pytest.raises(DataChangedError, match=r"chunks 4 of .* other values than before"):
+        fit(path, callback=change, client=client, config=config)
+    assert set(told) == {1}
+
+
+@pytest.mark.cluster
 def test_blocks_of_dask_that_are_computed_in_every_pass_have_to_stay_the_same(
     folder, tmp_path, client, monkeypatch
 ):

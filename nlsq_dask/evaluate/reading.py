@@ -1,6 +1,6 @@
 """Chunks as kernels take them: padded, aligned, read ahead of the computing, and kept.
 
-A chunk that is read again has to be what it was: see ``evaluate/marks.py``.
+A chunk that is read again has to be what it was: see ``sources/marks.py``.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class ChunkReader:
     ) -> None:
         self._source = source
         self._may_retry = may_retry
+        self._is_far = _is_far(source)
         self._prefetch = prefetch
         self._num_ahead = num_ahead
         self.num_threads = 1 if num_ahead == _NUM_AHEAD else num_ahead
@@ -216,7 +217,7 @@ class ChunkReader:
     def _read_alike(self, index: int, blocks: Blocks | None, meter: Meter) -> Chunk:
         """A chunk as it was read before: otherwise once more, it may have been garbled."""
         with reading_log(may_retry=self._may_retry) as log:
-            waits = pauses(is_far=_is_far(self._source))
+            waits = pauses(is_far=self._is_far)
             while True:
                 read = self._read(index, blocks)
                 chunk = pad_chunk(read, self._source.chunk_shape, self._pool.empty)
