@@ -37,7 +37,10 @@ from nlsq_dask.evaluate import cluster
 from nlsq_dask.evaluate.marks import add_marks, differing_leaves, fold_marks
 from nlsq_dask.sources import retrying
 from nlsq_dask.sources.marks import mark_of
+from nlsq_dask.sources.rereading import read_in_pieces
+from nlsq_dask.sources.retrying import reading_log
 from nlsq_dask.sources.stores import open_store
+from nlsq_dask.sources.xarray import column_of
 
 NUM_ROWS, CHUNK_ROWS = 120_000, 10_000
 NUM_CHUNKS = NUM_ROWS // CHUNK_ROWS
@@ -169,6 +172,53 @@ def test_the_checksum_of_the_service_is_one_where_fsspec_reads(proxy, expected, 
     assert_same_bits(fit_url(url, "bare.zarr", "fsspec"), expected)
     assert faults.num_faults > 5
     tally(record_property, faults, survived=1)
+
+
+@pytest.mark.parametrize("kind", ["garble", "shorten", "truncate"])
+def test_a_store_is_opened_though_answers_come_garbled(kind, proxy):
+    """What says that there is nothing of the other format, too."""
+    url, faults = proxy
+    faults.share, faults.kinds, faults.most_per_path = 1.0, (kind,), 2
+    keys = {"key": KEY, "secret": SECRET, "endpoint_url": url}
+    assert open_store("s3://bucket/checked.zarr", keys).sizes == {"row": NUM_ROWS}
+    assert faults.num_faults > 4
+
+
+def test_of_many_chunks_only_those_that_failed_are_read_often(proxy, folder):
+    url, faults = proxy
+    keys = {"key": KEY, "secret": SECRET, "endpoint_url": url}
+    column = column_of("y", open_store("s3://bucket/checked.zarr", keys)["y"].variable)
+    faults.share, faults.kinds, faults.within = 0.4, ("garble", "shorten"), "/c/"
+    faults.paths.clear()
+    with reading_log() as log:
+        values = column.read((slice(5, 115_000),))
+    np.testing.assert_array_equal(values, rows()["y"].values[5:115_000])
+    assert faults.num_faults > 3
+    assert log.num_retries > 0
+    # At once, by itself, and as often as it failed then.
+    assert all(n <= 2 + faults.failed[path] for path, n in faults.paths.items())
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    chunks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 99),
+)
+def test_pieces_make_the_whole(shape, chunks, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=shape)
+    ends = [np.sort(rng.choice(n + 1, 2, replace=False)).tolist() for n in shape]
+    index = tuple(slice(*pair) for pair in ends)
+
+    def read(piece):
+        """Of one chunk at most, or it fails."""
+        for part, length in zip(piece, chunks, strict=True):
+            if part.start // length != (part.stop - 1) // length:
+                raise ValueError("garbled")
+        return values[piece]
+
+    again = read_in_pieces(read, index, chunks, "'y'", ValueError("garbled"), is_far=False)
+    np.testing.assert_array_equal(again, values[index])
 
 
 def test_what_no_library_tries_again_the_reader_does(folder, expected, caplog, record_property):

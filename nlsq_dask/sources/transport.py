@@ -201,11 +201,15 @@ def transport_errors() -> tuple[type[Exception], ...]:
 def is_transient(error: Exception, transport: str) -> bool:
     """Whether asking again may help and was not done yet.
 
-    obstore has asked eight times when it raises; of what fsspec reads, some libraries ask again
-    and none does for an answer that does not match its checksum.
+    obstore says so where it has asked again, which it does not where an answer is no text, or
+    breaks off and is not that of a chunk. Of what fsspec reads, some libraries ask again, and none
+    does for an answer that does not match its checksum.
     """
-    is_final = isinstance(error, FileNotFoundError | PermissionError)
-    return transport == "fsspec" and not is_final and not _is_denied(error)
+    if isinstance(error, FileNotFoundError | PermissionError) or _is_denied(error):
+        return False
+    if transport == "obstore":
+        return "HTTP error" in str(error) and not re.search(r"after \d+ retries", str(error))
+    return transport == "fsspec"
 
 
 def reason_of(error: Exception) -> str:
