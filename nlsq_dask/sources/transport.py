@@ -201,14 +201,14 @@ def transport_errors() -> tuple[type[Exception], ...]:
 def is_transient(error: Exception, transport: str) -> bool:
     """Whether asking again may help and was not done yet.
 
-    obstore says so where it has asked again, which it does not where an answer is no text, or
-    breaks off and is not that of a chunk. Of what fsspec reads, some libraries ask again, and none
+    obstore has done so for what it could not send, but not where an answer is no text, or breaks
+    off and says that something is not there. Of what fsspec reads, some libraries ask again, and none
     does for an answer that does not match its checksum.
     """
     if isinstance(error, FileNotFoundError | PermissionError) or _is_denied(error):
         return False
     if transport == "obstore":
-        return "HTTP error" in str(error) and not re.search(r"after \d+ retries", str(error))
+        return "HTTP error" in str(error) and "error sending request" not in str(error)
     return transport == "fsspec"
 
 
