@@ -202,8 +202,8 @@ def is_transient(error: Exception, transport: str) -> bool:
     """Whether asking again may help and was not done yet.
 
     obstore has done so for what it could not send, but not where an answer is no text, or breaks
-    off and says that something is not there. Of what fsspec reads, some libraries ask again, and none
-    does for an answer that does not match its checksum.
+    off while it says that something is not there. Of what fsspec reads, some libraries ask
+    again, and none does for an answer that does not match its checksum.
     """
     if isinstance(error, FileNotFoundError | PermissionError) or _is_denied(error):
         return False
