@@ -116,7 +116,8 @@ class HybridStreamingConfig:
     validate_numerics : bool
         Name the chunks in which sums are not finite. Without it they are still never accepted.
     enable_fault_tolerance, max_retries_per_batch
-        How often a failed task of a pass is tried again.
+        How often a failed task of a pass is tried again, on a cluster. Without tolerance neither
+        is that done nor is a chunk read again that could not be read or decoded.
     enable_multi_device : bool
         The local devices of a process share each leaf.
     callback_frequency : int

@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "CovarianceError",
+    "DataChangedError",
     "DataError",
     "FitInterrupted",
     "LengthError",
@@ -17,7 +18,9 @@ __all__ = [
     "ResultFileError",
     "SessionError",
     "SpoolLimitError",
+    "StoreDamagedError",
     "StoreDeniedError",
+    "StoreLockedError",
     "StoreNotFoundError",
     "StoreUnreachableError",
     "UntraceableModelError",
@@ -35,6 +38,10 @@ class UntraceableModelError(ModelError, TypeError):
 
 class DataError(ValueError):
     """The data cannot be fitted as they are: no valid rows, or values that were refused."""
+
+
+class DataChangedError(DataError):
+    """Rows were read with other values than before in the same fit."""
 
 
 class CheckpointError(ValueError):
@@ -67,6 +74,14 @@ class StoreDeniedError(PermissionError):
 
 class StoreUnreachableError(ConnectionError):
     """What should serve a store does not answer, or not as such a service does."""
+
+
+class StoreDamagedError(OSError):
+    """What a store holds cannot be decoded: a checksum or codec refuses it, or it is cut short."""
+
+
+class StoreLockedError(BlockingIOError):
+    """A file is being written to by another process."""
 
 
 class SpoolLimitError(OSError):

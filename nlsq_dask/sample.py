@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from nlsq_dask.errors import DataError
 from nlsq_dask.sources.base import Chunk, finite_rows, selected_rows
 from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.marks import mark_of
 
 __all__ = ["ROWS_ALWAYS_SAMPLED", "Rows", "Sample", "draw_sample", "sample_size"]
 
@@ -43,6 +44,7 @@ class Rows:
     num_seen: int
     smallest_sigma: float
     chunk_bytes: int
+    mark: int  # of the chunk
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +62,7 @@ class Sample:
     num_invalid: int  # rows wanted, but with a value that is not finite
     valid_share: float  # of the rows looked at
     smallest_sigma: float
+    marks: Mapping[int, int] = field(default_factory=dict)  # of the chunks looked at
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +139,7 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         num_seen=chunk.y.size if chunk.extent is None else int(np.prod(chunk.extent)),
         smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
         chunk_bytes=chunk.nbytes,
+        mark=mark_of(chunk, index),
     )
 
 
@@ -220,6 +224,7 @@ def _assemble(
         num_invalid=sum(rows.num_invalid for rows in drawn),
         valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_seen for rows in drawn),
         smallest_sigma=min(rows.smallest_sigma for rows in drawn),
+        marks={leaf: rows.mark for leaf, rows in zip(chosen, drawn, strict=True)},
     )
 
 

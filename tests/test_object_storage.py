@@ -512,7 +512,7 @@ def test_the_columns_of_a_worker_share_one_connection_pool(endpoint):
     ds = open_store("s3://bucket/a.zarr", keys(endpoint))
     columns = tuple(column_of(name, ds[name].variable) for name in ("t", "y"))
     there = cloudpickle.loads(cloudpickle.dumps(columns))
-    first, second = (opened(column).store for column in there)
+    first, second = (opened(column)._store.store for column in there)  # each is watched
     assert first is second
 
 

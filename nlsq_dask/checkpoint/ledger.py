@@ -129,6 +129,7 @@ class Ledger:
             "offending_leaves": last.offending_leaves,
             "summary": summary,
             "bins": full.bins_at(state.params),
+            "marks": full.marks,
         }
         if isinstance(state, NewtonState):
             assert isinstance(full, FullProducts)
@@ -194,6 +195,7 @@ def _known(after_pass: AfterPass, at_best: Vector) -> dict[str, Any]:
         "precision": after_pass.precision,
         "summary": after_pass.summary,
         "remembered": after_pass.summary,
+        "marks": after_pass.marks,
         "accounts": list(after_pass.accounts),
         "bins": [(at_best, after_pass.bins)],
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nlsq_dask._typing import Float
+from nlsq_dask._typing import Float, Int
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import Account
 from nlsq_dask.normal_equations import CostGradient, RowSummary
@@ -34,6 +34,7 @@ class AfterPass:
     offending_leaves: tuple[int, ...]  # of the last pass
     summary: RowSummary
     bins: Float[np.ndarray, "bins four"]  # at the best point
+    marks: Int[np.ndarray, " bins"] | None = None  # of the rows that were read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float
 from nlsq_dask.config import Precision
+from nlsq_dask.evaluate.marks import Marks
 from nlsq_dask.evaluate.tree import Bin, Bins, Node, bin_level, fold_bins, fold_nodes
 from nlsq_dask.normal_equations import Sums
 from nlsq_dask.sources.base import Chunk
@@ -59,6 +60,9 @@ class RangeReport:
     peak_memory_bytes: int
     process: str
     offending_leaves: tuple[int, ...] = ()
+    marks: dict[int, int] = field(default_factory=dict)  # sums, by run of leaves
+    missing: frozenset[str] = frozenset()  # keys of chunks that the store does not have
+    num_retries: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class Pass:
     bytes_read: int
     seconds: float
     reports: tuple[RangeReport, ...] = field(default=(), repr=False)
+    marks: Marks | None = None  # of the rows that were read
 
     @property
     def account(self) -> Account:

@@ -22,13 +22,14 @@ import psutil
 
 from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.errors import WorkerError
+from nlsq_dask.errors import StoreDamagedError, StoreLockedError, WorkerError
 from nlsq_dask.evaluate.autopsy import find_deadly, spans_of
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.blocks import DaskBlocks
 from nlsq_dask.evaluate.departure import end_with_client
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
+from nlsq_dask.evaluate.marks import fold_marks
 from nlsq_dask.evaluate.ownership import Ownership
 from nlsq_dask.evaluate.reading import reading_bytes
 from nlsq_dask.evaluate.touch import in_touch, is_in_touch
@@ -130,6 +131,7 @@ class ClusterEvaluator:
             payload=payload,
             cache_bytes=self._cache_bytes,
             prefetch=self._config.prefetch,
+            may_retry=self._config.enable_fault_tolerance,
             precision=self._config.precision,
             compilation_cache_dir=self._config.compilation_cache_dir,
         )
@@ -152,6 +154,8 @@ class ClusterEvaluator:
         """See that every worker can do the work, before any is asked of it."""
         probes = ask_all(self._client, probe_worker, self._spec)
         for address, probe in probes.items():
+            if isinstance(probe, StoreDamagedError | StoreLockedError):  # on whatever machine
+                raise probe
             if isinstance(probe, OSError):
                 raise WorkerError(
                     f"`ds` must be readable from every worker, but one could not, {address}: "
@@ -211,6 +215,7 @@ class ClusterEvaluator:
             bytes_read=self._bytes_read(reports),
             seconds=time.perf_counter() - start,
             reports=tuple(reports),
+            marks=fold_marks((report.marks for report in reports), source.num_chunks),
         )
 
     def _bytes_read(self, reports: Sequence[RangeReport]) -> int:

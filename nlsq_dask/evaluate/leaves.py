@@ -21,6 +21,7 @@ import psutil
 from nlsq_dask._typing import abstract
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
+from nlsq_dask.evaluate.marks import add_marks
 from nlsq_dask.evaluate.packed import Layout, PackedSums
 from nlsq_dask.evaluate.reading import (
     Blocks,
@@ -54,6 +55,7 @@ class ProblemHome:
     problem: Problem
     cache_bytes: int
     prefetch: bool
+    may_retry: bool = True
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
     reader: ChunkReader = field(init=False)
@@ -71,6 +73,7 @@ class ProblemHome:
             num_ahead=count_ahead(self.problem.source, self.problem.plan.leaf_bytes),
             device=device,
             device_bytes=0 if device is None else device_room(device),
+            may_retry=self.may_retry,
         )
 
     def prepare(self, precision: Precision, chunk: Chunk | None = None) -> int:
@@ -150,6 +153,9 @@ class ProblemHome:
             peak_memory_bytes=peak_memory_bytes(),
             process=str(os.getpid()),
             offending_leaves=tuple(offending[:16]),
+            marks=add_marks(meter.marks, self.problem.source.num_chunks),
+            missing=meter.some_missing,
+            num_retries=meter.num_retries,
         )
 
     def _evaluate(

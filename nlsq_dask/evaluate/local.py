@@ -15,6 +15,7 @@ import psutil
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.marks import fold_marks
 from nlsq_dask.evaluate.reading import reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
@@ -52,7 +53,12 @@ class LocalEvaluator:
             cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
         self._cache_bytes = cache_bytes
         self._precision = config.precision
-        self._home = ProblemHome(problem=problem, cache_bytes=cache_bytes, prefetch=config.prefetch)
+        self._home = ProblemHome(
+            problem=problem,
+            cache_bytes=cache_bytes,
+            prefetch=config.prefetch,
+            may_retry=config.enable_fault_tolerance,
+        )
 
     @property
     def problem(self) -> Problem:
@@ -82,6 +88,7 @@ class LocalEvaluator:
             bytes_read=sum(report.bytes_read for report in reports),
             seconds=time.perf_counter() - start,
             reports=tuple(reports),
+            marks=fold_marks((report.marks for report in reports), num_leaves),
         )
 
     def _reduce(

@@ -1,4 +1,7 @@
-"""Chunks as kernels take them: padded, aligned, read ahead of the computing, and kept."""
+"""Chunks as kernels take them: padded, aligned, read ahead of the computing, and kept.
+
+A chunk that is read again has to be what it was: see ``sources/marks.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from nlsq_dask.errors import DataChangedError
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool
-from nlsq_dask.sources.columns import transports_of
+from nlsq_dask.sources.columns import places_of, transports_of
 from nlsq_dask.sources.grid import GridSource
-from nlsq_dask.sources.transport import comes_late
+from nlsq_dask.sources.marks import mark_of
+from nlsq_dask.sources.retrying import pauses, reading_log
+from nlsq_dask.sources.transport import at_chunk, comes_late
 
 __all__ = [
     "Blocks",
@@ -27,6 +33,7 @@ __all__ = [
     "Meter",
     "accelerator",
     "count_ahead",
+    "describe_places",
     "device_room",
     "reading_bytes",
 ]
@@ -40,6 +47,7 @@ _MOST_AHEAD = 16
 # Of a leaf that is being read: as it comes, decoded, aligned.
 _COPIES_READING = 3
 _DEVICE_SHARE = 0.5  # of an accelerator's free memory, for chunks
+_MOST_MISSING = 1000  # keys that are kept of a leaf, and sent of a range
 
 
 @dataclass(kw_only=True)
@@ -49,6 +57,14 @@ class Meter:
     bytes_read: int = 0
     read_seconds: float = 0.0  # in the reading thread, beside the computing
     num_compilations: int = 0
+    num_retries: int = 0
+    marks: dict[int, int] = field(default_factory=dict)  # by leaf
+    missing: set[str] = field(default_factory=set)
+
+    @property
+    def some_missing(self) -> frozenset[str]:
+        """Keys of chunks that the store does not have, so many at most as are sent."""
+        return frozenset(sorted(self.missing)[:_MOST_MISSING])
 
 
 def count_ahead(source: Source, leaf_bytes: int) -> int:
@@ -57,11 +73,15 @@ def count_ahead(source: Source, leaf_bytes: int) -> int:
     A thread has one request under way for a leaf that is one chunk of the store, and waits for
     most of the time: at 50 ms for an answer, 16 MB/s for chunks of 800 kB.
     """
-    if not isinstance(source, GridSource):
-        return _NUM_AHEAD
-    if not any(map(comes_late, transports_of(source.columns.values()))):
+    if not _is_far(source):
         return _NUM_AHEAD
     return max(_NUM_AHEAD, min(_MOST_AHEAD, _AHEAD_BYTES // max(leaf_bytes, 1)))
+
+
+def _is_far(source: Source) -> bool:
+    return isinstance(source, GridSource) and any(
+        map(comes_late, transports_of(source.columns.values()))
+    )
 
 
 def reading_bytes(source: Source, leaf_bytes: int) -> int:
@@ -90,8 +110,11 @@ class ChunkReader:
         num_ahead: int = _NUM_AHEAD,
         device: jax.Device | None = None,
         device_bytes: int = 0,
+        may_retry: bool = True,
     ) -> None:
         self._source = source
+        self._may_retry = may_retry
+        self._is_far = _is_far(source)
         self._prefetch = prefetch
         self._num_ahead = num_ahead
         self.num_threads = 1 if num_ahead == _NUM_AHEAD else num_ahead
@@ -101,6 +124,13 @@ class ChunkReader:
         self._cache: dict[int, Chunk] = {}
         self._pool = BufferPool()
         self._lock = threading.Lock()
+        # Arrays in memory are not read.
+        self._is_marking = not (
+            isinstance(source, GridSource)
+            and all(column.is_in_memory for column in source.columns.values())
+        )
+        self._marks = np.zeros(source.num_chunks, np.int64)  # 0: not read yet
+        self._missing: dict[int, frozenset[str]] = {}
 
     def retain(self, owned: Sequence[range]) -> None:
         """Drop the chunks that another process owns now."""
@@ -136,6 +166,8 @@ class ChunkReader:
         read = functools.partial(self._chunk, meter=meter, may_cache=may_cache, blocks=blocks)
         with closing(self._read_ahead(missing, read)) as arriving:
             for index in leaves:
+                if index in kept:
+                    self._note(index, meter)
                 yield index, kept[index] if index in kept else next(arriving)
 
     def _read_ahead(self, missing: Sequence[int], read: Callable[[int], Chunk]) -> Generator[Chunk]:
@@ -164,22 +196,62 @@ class ChunkReader:
     def _chunk(self, index: int, meter: Meter, may_cache: bool, blocks: Blocks | None) -> Chunk:
         kept = self._cache.get(index)
         if kept is not None:
+            self._note(index, meter)
             return self._place(kept)
         start = time.perf_counter()
-        chunk = pad_chunk(self._read(index, blocks), self._source.chunk_shape, self._pool.empty)
+        chunk = self._read_alike(index, blocks, meter)
         placed = self._place(chunk)
         meter.read_seconds += time.perf_counter() - start
         meter.bytes_read += chunk.nbytes
+        self._note(index, meter)
         if may_cache:
             self._admit(index, chunk, placed)
         return placed
 
+    def _note(self, index: int, meter: Meter) -> None:
+        """Of a chunk that is handed out: its mark, and what was missing when it was read."""
+        if self._marks[index]:
+            meter.marks[index] = int(self._marks[index])
+        meter.missing |= self._missing.get(index, frozenset())
+
+    def _read_alike(self, index: int, blocks: Blocks | None, meter: Meter) -> Chunk:
+        """A chunk as it was read before: otherwise once more, it may have been garbled."""
+        with reading_log(may_retry=self._may_retry) as log:
+            waits = pauses(is_far=self._is_far)
+            while True:
+                read = self._read(index, blocks)
+                chunk = pad_chunk(read, self._source.chunk_shape, self._pool.empty)
+                if not self._is_marking or self._is_alike(index, chunk):
+                    break
+                wait = next(waits, None) if blocks is None else None  # those stay as they are
+                if wait is None:
+                    raise DataChangedError(
+                        f"`ds` must not change while it is fitted, and chunk {index} of "
+                        f"{describe_places(self._source)} was read with other values than before; "
+                        "if nothing writes to it, bytes were garbled on the way: a checksum in "
+                        "its codecs (crc32c) would tell at once"
+                    )
+                time.sleep(wait)
+        meter.num_retries += log.num_retries
+        if log.missing:
+            self._missing[index] = frozenset(sorted(log.missing)[:_MOST_MISSING])
+        return chunk
+
+    def _is_alike(self, index: int, chunk: Chunk) -> bool:
+        """Whether it has the values of the first reading; the first reading itself has."""
+        mark = mark_of(chunk, index)
+        with self._lock:
+            if not self._marks[index]:
+                self._marks[index] = mark
+            return int(self._marks[index]) == mark
+
     def _read(self, index: int, blocks: Blocks | None) -> Chunk:
         source = self._source
-        if blocks is None:
-            return check_chunk(source.read(index), source, index)
-        assert isinstance(source, GridSource)
-        return source.assemble(index, blocks[index])
+        with at_chunk(index):
+            if blocks is None:
+                return check_chunk(source.read(index), source, index)
+            assert isinstance(source, GridSource)
+            return source.assemble(index, blocks[index])
 
     def _place(self, chunk: Chunk) -> Chunk:
         """Where it is computed on: on the device, in 64 bits there too, or as it is."""
@@ -199,6 +271,12 @@ class ChunkReader:
                 self._cache[index] = placed
             else:
                 self._cache[index] = chunk
+
+
+def describe_places(source: Source) -> str:
+    """The stored arrays of a source, in words."""
+    places = places_of(source.columns.values()) if isinstance(source, GridSource) else []
+    return ", ".join(places) or "its source"
 
 
 def _is_on_device(chunk: Chunk) -> bool:

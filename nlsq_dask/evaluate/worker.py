@@ -25,10 +25,12 @@ from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.heap import keep_freed_memory, return_freed_memory
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.marks import merge_marks
 from nlsq_dask.evaluate.reading import Meter
 from nlsq_dask.evaluate.tree import bin_of, sum_range
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
+from nlsq_dask.sources.transport import at_chunk
 
 __all__ = [
     "BlockTask",
@@ -60,6 +62,7 @@ class HomeSpec:
     prefetch: bool
     precision: Precision
     compilation_cache_dir: str | None
+    may_retry: bool = True
     jaxlib: str = JAXLIB_VERSION  # the client's, wherever it is unpickled
 
 
@@ -93,6 +96,7 @@ def home_of(spec: HomeSpec) -> ProblemHome:
                 problem=cloudpickle.loads(spec.payload),
                 cache_bytes=spec.cache_bytes,
                 prefetch=spec.prefetch,
+                may_retry=spec.may_retry,
             )
         return _HOMES[spec.token]
 
@@ -129,7 +133,8 @@ def probe_worker(spec: HomeSpec) -> dict[str, Any]:
         isinstance(column, RemoteColumn) for column in source.columns.values()
     )
     if not is_remote:
-        source.read(0)
+        with at_chunk(0):
+            source.read(0)
     return {"base_bytes": psutil.Process().memory_info().rss}
 
 
@@ -208,6 +213,9 @@ def merge_reports(reports: Sequence[np.ndarray], level: int) -> RangeReport:
         peak_memory_bytes=max(report.peak_memory_bytes for report in each),
         process=each[-1].process,
         offending_leaves=tuple(leaf for report in each for leaf in report.offending_leaves)[:16],
+        marks=merge_marks(report.marks for report in each),
+        missing=frozenset().union(*(report.missing for report in each)),
+        num_retries=sum(report.num_retries for report in each),
     )
 
 

@@ -13,9 +13,11 @@ import scipy.linalg
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import Precision
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, DataChangedError
 from nlsq_dask.evaluate.base import Account, Evaluator, Pass, Request
 from nlsq_dask.evaluate.leaves import ProblemHome
+from nlsq_dask.evaluate.marks import Marks, differing_leaves, leaves_that_differ
+from nlsq_dask.evaluate.reading import describe_places
 from nlsq_dask.evaluate.tree import Bins
 from nlsq_dask.kernels.reverse import ReverseKernels
 from nlsq_dask.normal_equations import CostGradient, RowSummary, Sums
@@ -218,6 +220,9 @@ class Passes:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     # Of the data of an earlier process: the next pass holds them to it.
     remembered: RowSummary | None = None
+    marks: Marks | None = None  # of the first pass's rows
+    missing: set[str] = field(default_factory=set)  # chunks that the store does not have
+    num_retries: int = 0  # of the passes' reading
 
     @property
     def num_passes(self) -> int:
@@ -247,10 +252,37 @@ class Passes:
             name = report.process
             self.compilations[name] = self.compilations.get(name, 0) + report.num_compilations
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), report.peak_memory_bytes)
+            self.missing |= report.missing
+            self.num_retries += report.num_retries
         return done
 
     def _compare_rows(self, done: Pass) -> None:
-        """The first pass of a resumed fit sees whether all rows are what they were."""
+        """Every pass, the first of a resumed fit too, sees whether all rows are what they were."""
+        self._compare_summaries(done)
+        before, now = self.marks, done.marks
+        is_resumed, self.remembered = self.remembered is not None, None
+        num_leaves = self.problem.source.num_chunks
+        if now is None:
+            return
+        if before is None:
+            self.marks = now
+            named = leaves_that_differ(self.sample.sample.marks, now, num_leaves)
+            leaves = ", ".join(map(str, named))
+        else:
+            leaves = differing_leaves(before, now, num_leaves)
+        if not leaves:
+            return
+        if is_resumed:
+            raise CheckpointError(
+                f"The checkpoint is of other data: chunks {leaves} have other values than they had"
+            )
+        raise DataChangedError(
+            f"`ds` must not change while it is fitted, and chunks {leaves} of "
+            f"{describe_places(self.problem.source)} were read with other values than before; "
+            "fit again when nothing writes to it"
+        )
+
+    def _compare_summaries(self, done: Pass) -> None:
         before, now = self.remembered, done.sums.summary
         if before is None or now is None:
             return
@@ -259,7 +291,6 @@ class Passes:
                 "The checkpoint is of other data: over all rows, the sums of `y` and of the "
                 "weights are not what they were"
             )
-        self.remembered = None
 
 
 @dataclass

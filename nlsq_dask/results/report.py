@@ -42,6 +42,8 @@ from nlsq_dask.warmup.search import Warmup
 
 __all__ = ["Course", "Gate", "ScoresPass", "build_result", "with_origin"]
 
+_MAX_NAMED = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
@@ -213,6 +215,12 @@ def _checks(
             f"with {space.num_free:,} free parameters no covariance is formed, so that standard "
             "errors, rank and condition number are not known"
         )
+    if course.full.missing:
+        first = min(course.full.missing)
+        texts.append(
+            f"{len(course.full.missing):,} chunk(s), {first!r} for one, are not in the store, and "
+            "Zarr takes its fill value for their rows"
+        )
     return checks.as_dict(), [] if state.status is Status.NOT_FINITE else texts
 
 
@@ -240,6 +248,7 @@ def _diagnostics(
         },
         "seconds": dict(course.seconds),
         "checkpoint": dict(course.checkpoint),
+        "store": _describe_store(course.full),
         "passes": _describe_passes(course),
         "config": course.config.as_dict(),
         "versions": dict(package_versions()),
@@ -371,6 +380,15 @@ def _describe_optima(course: Course) -> list[dict[str, Any]]:
         }
         for optimum, cost in zip(optima, costs, strict=True)
     ]
+
+
+def _describe_store(full: Passes) -> dict[str, Any]:
+    """What the passes of this process met in reading."""
+    return {
+        "missing_chunks": len(full.missing),
+        "first_missing": sorted(full.missing)[:_MAX_NAMED],
+        "retries": full.num_retries,
+    }
 
 
 def _describe_passes(course: Course) -> dict[str, Any]:

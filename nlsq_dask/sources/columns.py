@@ -15,7 +15,9 @@ from nlsq_dask._typing import Index, Shape
 from nlsq_dask.errors import DataError
 from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
-from nlsq_dask.sources.transport import reported_reading, transport_of
+from nlsq_dask.sources.rereading import read_in_pieces
+from nlsq_dask.sources.retrying import UNDECODABLE
+from nlsq_dask.sources.transport import comes_late, place_of, reported_reading, transport_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,6 +28,7 @@ __all__ = [
     "TimeAxis",
     "TimeColumn",
     "build_time_column",
+    "places_of",
     "transports_of",
 ]
 
@@ -91,13 +94,44 @@ class LazyColumn:
     @property
     def transport(self) -> str:
         """What carries its bytes."""
+        return transport_of(self._backend)
+
+    @property
+    def place(self) -> str:
+        """The name of the array and its store, without secrets."""
+        return place_of(self._backend)
+
+    @property
+    def _backend(self) -> Any:
         array: Any = self.variable._data
         while hasattr(array, "array"):  # xarray's decoding and indexing
             array = array.array
-        return transport_of(array)
+        return array
 
     def read(self, index: Index) -> np.ndarray:
-        with reported_reading():
+        """A rectangle; what cannot be decoded is read again, chunk by chunk.
+
+        Raises
+        ------
+        StoreDamagedError
+            If that does not help. Naming the chunk.
+        StoreDeniedError, StoreLockedError, StoreNotFoundError, StoreUnreachableError
+            If the store cannot be read.
+        """
+        try:
+            return self._values(index)
+        except UNDECODABLE as error:
+            return read_in_pieces(
+                self._values,
+                tuple(slice(*part.indices(n)) for part, n in zip(index, self.shape, strict=True)),
+                self.chunks or self.shape,
+                self.place,
+                error,
+                is_far=comes_late(self.transport),
+            )
+
+    def _values(self, index: Index) -> np.ndarray:
+        with reported_reading(self.transport, self.place):
             return np.asarray(self.variable[index].values)
 
 
@@ -210,8 +244,17 @@ class TimeColumn:
 
 def transports_of(columns: Iterable[Column]) -> list[str]:
     """What carries the bytes of those columns that are stored."""
+    return sorted({column.transport for column in _stored(columns)})
+
+
+def places_of(columns: Iterable[Column]) -> list[str]:
+    """The stored arrays among columns, by name and store."""
+    return sorted({column.place for column in _stored(columns)})
+
+
+def _stored(columns: Iterable[Column]) -> Iterator[LazyColumn]:
     innermost = (column.column if isinstance(column, TimeColumn) else column for column in columns)
-    return sorted({column.transport for column in innermost if isinstance(column, LazyColumn)})
+    return (column for column in innermost if isinstance(column, LazyColumn))
 
 
 def build_time_column(name: str, column: Column, time_units: str | None) -> TimeColumn:

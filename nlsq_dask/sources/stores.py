@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +26,16 @@ from nlsq_dask.sources.objects import (
     protocol_of,
     without_credentials,
 )
-from nlsq_dask.sources.transport import redacted, reported
+from nlsq_dask.sources.retrying import pauses
+from nlsq_dask.sources.transport import (
+    comes_late,
+    is_transient,
+    redacted,
+    reported,
+    reported_file,
+    transport_errors,
+    transport_of_store,
+)
 
 __all__ = ["open_store"]
 
@@ -122,15 +134,43 @@ def _open_group(
     with warnings.catch_warnings(), _refused(name):
         # Format 3 does not have consolidated metadata; not finding it is no news.
         warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
-        return xr.open_dataset(
-            store,
-            engine="zarr",
-            chunks=None,
-            cache=False,
-            storage_options=dict(options) if options else None,
-            zarr_format=zarr_format,
-            create_default_indexes=False,
+        return _patiently(
+            functools.partial(
+                xr.open_dataset,
+                store,
+                engine="zarr",
+                chunks=None,
+                cache=False,
+                storage_options=dict(options) if options else None,
+                zarr_format=zarr_format,
+                create_default_indexes=False,
+            ),
+            _transport_of(store),
         )
+
+
+def _transport_of(store: Any) -> str:
+    """What reads a store of Zarr's: by its URL fsspec does, by its path Zarr itself."""
+    if isinstance(store, str):
+        return "fsspec" if "://" in store else "LocalStore"
+    return transport_of_store(store)
+
+
+def _patiently(open_dataset: Callable[[], xr.Dataset], transport: str) -> xr.Dataset:
+    """Open again where metadata came from afar as what is no JSON, or not at all."""
+    waits = pauses()
+    while True:
+        try:
+            return open_dataset()
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            wait = next(waits, None) if comes_late(transport) else None
+            if wait is None:
+                raise
+        except transport_errors() as error:
+            wait = next(waits, None) if is_transient(error, transport) else None
+            if wait is None:
+                raise
+        time.sleep(wait)
 
 
 @contextlib.contextmanager
@@ -155,11 +195,12 @@ def _open_hdf5(path: str) -> xr.Dataset:
             f"`ds` must be a Zarr store or an HDF5/netCDF4 file, got {path!r}, which is neither; "
             "open it with xarray and pass the dataset"
         )
-    return xr.open_dataset(
-        path,
-        engine="h5netcdf",
-        chunks=None,
-        cache=False,
-        phony_dims="sort",
-        create_default_indexes=False,
-    )
+    with reported_file(repr(path)):
+        return xr.open_dataset(
+            path,
+            engine="h5netcdf",
+            chunks=None,
+            cache=False,
+            phony_dims="sort",
+            create_default_indexes=False,
+        )

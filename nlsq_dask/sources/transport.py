@@ -8,6 +8,7 @@ chained to the one that says more.
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from nlsq_dask.errors import (
+    StoreDamagedError,
     StoreDeniedError,
+    StoreLockedError,
     StoreNotFoundError,
     StoreUnreachableError,
 )
 
-__all__ = ["comes_late", "redacted", "reported", "reported_reading", "transport_of"]
+__all__ = [
+    "at_chunk",
+    "comes_late",
+    "is_transient",
+    "place_of",
+    "reason_of",
+    "redacted",
+    "reported",
+    "reported_file",
+    "reported_reading",
+    "transport_errors",
+    "transport_of",
+    "transport_of_store",
+]
 
 _FROM_AFAR = {"obstore", "fsspec", "IcechunkStore"}
 # What each library raises that does not raise the builtins alone.
@@ -32,6 +48,14 @@ _RAISED_BY = {
     "google.auth.exceptions": ("GoogleAuthError",),
     "azure.core.exceptions": ("AzureError",),
 }
+_OF_STORES = (
+    StoreDamagedError,
+    StoreDeniedError,
+    StoreLockedError,
+    StoreNotFoundError,
+    StoreUnreachableError,
+)
+_OF_BZ2 = "Invalid data stream"  # an OSError like any other
 _DENIED = re.compile(
     r"\b40[13](, message=| Unauthorized| Forbidden)|credentials|Access ?Denied|Anonymous caller",
     re.IGNORECASE,
@@ -53,11 +77,39 @@ def redacted(text: object) -> str:
 
 def transport_of(backend: Any) -> str:
     """Which library reads what xarray's backend hands out: of Zarr, by the class of the store."""
-    module = type(backend).__module__.rpartition(".")[2].rstrip("_")
-    if module != "zarr":
-        return module
-    store = type(backend.get_array().store).__name__
-    return {"ObjectStore": "obstore", "FsspecStore": "fsspec"}.get(store, store)
+    module = _module_of(backend)
+    return transport_of_store(backend.get_array().store) if module == "zarr" else module
+
+
+def transport_of_store(store: Any) -> str:
+    """Which library reads a store of Zarr's."""
+    name = type(_unwatched(store)).__name__
+    return {"ObjectStore": "obstore", "FsspecStore": "fsspec"}.get(name, name)
+
+
+def place_of(backend: Any) -> str:
+    """A stored array in words that hold no secrets: its name, and its store."""
+    if _module_of(backend) == "zarr":
+        array = backend.get_array()
+        store = _unwatched(array.store)
+        if type(store).__name__ == "ObjectStore":
+            store = store.store
+        return f"{array.path!r} of {redacted(store)}"
+    if hasattr(backend, "variable_name"):
+        file = (
+            backend.datastore._filename if hasattr(backend.datastore, "_filename") else "its file"
+        )
+        return f"{backend.variable_name!r} of {redacted(file)}"
+    return f"an array of {_module_of(backend)}"
+
+
+def _module_of(backend: Any) -> str:
+    return type(backend).__module__.rpartition(".")[2].rstrip("_")
+
+
+def _unwatched(store: Any) -> Any:
+    """The store that another is wrapped around while it is read."""
+    return store._store if type(store).__name__ == "WatchedStore" else store
 
 
 def comes_late(transport: str) -> bool:
@@ -77,43 +129,128 @@ def reported(store: str) -> Iterator[None]:
         yield
     except (StoreNotFoundError, StoreDeniedError):
         raise
-    except _errors() as error:
+    except transport_errors() as error:
         raise _refusal_of(error, store) from None
 
 
 @contextmanager
-def reported_reading() -> Iterator[None]:
-    """The same for rows of a store that was opened; a file's errors are the system's own."""
+def reported_reading(transport: str, place: str) -> Iterator[None]:
+    """The same for rows of a store that was opened.
+
+    Of a disk, errors that have a number are the system's own, and go through.
+
+    Raises
+    ------
+    StoreDamagedError
+        With the library's reason alone: what was read may still turn out to be whole.
+    StoreDeniedError, StoreLockedError, StoreNotFoundError, StoreUnreachableError
+        Naming `place`.
+    """
     try:
         yield
-    except _errors() as error:
-        if type(error).__module__ == "builtins":
+    except transport_errors() as error:
+        if type(error).__module__.startswith("nlsq_dask"):
             raise
-        raise _refusal_of(error, "its store") from None
+        if isinstance(error, gzip.BadGzipFile) or str(error) == _OF_BZ2:
+            raise StoreDamagedError(reason_of(error)) from None
+        if type(error).__module__ != "builtins" or comes_late(transport):
+            raise _refusal_of(error, place) from None
+        refusal = _refusal_of_file(error, place)
+        if refusal is None:
+            raise
+        if isinstance(refusal, StoreDamagedError):
+            raise StoreDamagedError(reason_of(error)) from None
+        raise refusal from None
 
 
-def _errors() -> tuple[type[Exception], ...]:
+@contextmanager
+def at_chunk(index: int) -> Iterator[None]:
+    """Say of an error in reading which chunk of the plan was read."""
+    try:
+        yield
+    except _OF_STORES as error:
+        raise type(error)(f"{error} (in chunk {index})") from None
+    except OSError as error:
+        error.add_note(f"while chunk {index} was read")
+        raise
+
+
+@contextmanager
+def reported_file(path: str) -> Iterator[None]:
+    """Why an HDF5 file cannot be opened.
+
+    Raises
+    ------
+    StoreLockedError, StoreDamagedError
+    """
+    try:
+        yield
+    except OSError as error:
+        refusal = _refusal_of_file(error, path)
+        if refusal is None:
+            raise
+        raise refusal from None
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
     """What reading a store may raise, of the libraries that are loaded."""
     loaded = ((vars(sys.modules[m]), names) for m, names in _RAISED_BY.items() if m in sys.modules)
     return (OSError, *(members[name] for members, names in loaded for name in names))
 
 
-def _reason(error: Exception) -> str:
+def is_transient(error: Exception, transport: str) -> bool:
+    """Whether asking again may help and was not done yet.
+
+    obstore has done so for what it could not send, but not where an answer is no text, or breaks
+    off while it says that something is not there. Of what fsspec reads, some libraries ask
+    again, and none does for an answer that does not match its checksum.
+    """
+    if isinstance(error, FileNotFoundError | PermissionError) or _is_denied(error):
+        return False
+    if transport == "obstore":
+        return "HTTP error" in str(error) and "error sending request" not in str(error)
+    return transport == "fsspec"
+
+
+def reason_of(error: Exception) -> str:
     """The first line, up to the service's answer; of obstore's, the request and its end."""
     line = redacted(re.split(r"[\n<{]", str(error))[0]).rstrip(" :-")
     tried = re.search(r"Error performing (\w+ \S+) in .* - (.*)", line)
     return f"{tried[1]}: {tried[2]}" if tried else line or "no answer in time"
 
 
+def _is_denied(error: Exception) -> bool:
+    return _DENIED.search(f"{type(error).__name__} {reason_of(error)}") is not None
+
+
+def _refusal_of_file(error: Exception, place: str) -> OSError | None:
+    """What to tell of an HDF5 file; None of what the system says by its numbers.
+
+    h5py's own errors have none, but for the one of a lock.
+    """
+    assert isinstance(error, OSError)  # all builtins among the errors of transports
+    said = reason_of(error)
+    if isinstance(error, BlockingIOError) or re.search("unable to lock|already open for", said):
+        return StoreLockedError(
+            f"`ds` must not be written to while it is fitted, and {place} is ({said}); wait until "
+            "the writer has closed it"
+        )
+    if error.errno is not None:
+        return None
+    return StoreDamagedError(
+        f"`ds` must be whole, and {place} cannot be decoded ({said}); write it again"
+    )
+
+
 def _refusal_of(error: Exception, store: str) -> OSError:
     """What to tell of a store that could not be read."""
-    reason = _reason(error)
+    reason = reason_of(error)
     if isinstance(error, FileNotFoundError):
         return StoreNotFoundError(
             f"`ds` must name a store that exists, and nothing was found at {store} ({reason}); "
             "see that bucket, path and endpoint are as meant"
         )
-    if isinstance(error, PermissionError) or _DENIED.search(f"{type(error).__name__} {reason}"):
+    if isinstance(error, PermissionError) or _is_denied(error):
         return StoreDeniedError(
             f"`ds` must be readable, and {store} was denied ({reason}); give credentials by "
             '`storage_options`, {"anon": True} for public data on S3 and Azure, '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,12 +146,21 @@ def column_of(name: str, variable: xr.Variable) -> Column:
     if is_dask_array(data):
         stored = stored_variable(variable)
         if stored is not None:
-            return LazyColumn(variable=stored)
+            return LazyColumn(variable=_watched(stored))
         require_plain_blocks(name, data)
         return DaskColumn(array=data, dims=dims)
     if variable._in_memory:
         return MemoryColumn(values=np.asarray(variable.values), dims=dims)
-    return LazyColumn(variable=variable)
+    return LazyColumn(variable=_watched(variable))
+
+
+def _watched(variable: xr.Variable) -> xr.Variable:
+    """Watched while it is read, where Zarr reads it."""
+    if "zarr" not in sys.modules:  # nothing that it has opened
+        return variable
+    from nlsq_dask.sources.watched import watched  # loads Zarr
+
+    return watched(variable)
 
 
 def _require_no_time_zone(name: str, variable: xr.Variable) -> None:

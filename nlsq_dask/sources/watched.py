@@ -1,0 +1,86 @@
+"""A store of Zarr's, watched while chunks are read: what fails for a moment, and what is missing.
+
+Zarr takes a chunk that does not exist for one that was never written, and fills it. That is the
+format's rule, and who reads sees nothing of it; here its key goes to the reader's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from typing import Any
+
+import xarray as xr
+import zarr
+from zarr.abc.store import ByteRequest
+from zarr.abc.store import Store as ZarrStore
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import StorePath, WrapperStore
+
+from nlsq_dask.sources.retrying import current_log, pauses
+from nlsq_dask.sources.transport import (
+    is_transient,
+    reason_of,
+    transport_errors,
+    transport_of_store,
+)
+
+__all__ = ["WatchedStore", "watched"]
+
+_LOGGER = logging.getLogger("nlsq_dask")
+
+
+class WatchedStore(WrapperStore[ZarrStore]):
+    """Tries again what the store's own library does not, and logs the keys that are missing."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """The bytes of a key, or of a part; None where there is no such key."""
+        waits = pauses()
+        while True:
+            try:
+                found = await self._store.get(key, prototype, byte_range)
+            except transport_errors() as error:
+                transport = transport_of_store(self._store)
+                wait = next(waits, None) if is_transient(error, transport) else None
+                if wait is None:
+                    raise
+                reason = f"{type(error).__name__}: {reason_of(error)}"
+                _LOGGER.info("Reading %r failed (%s); trying again.", key, reason)
+            else:
+                if found is None:
+                    current_log().missing.add(key)
+                return found
+            await asyncio.sleep(wait)
+
+
+def watched(variable: xr.Variable) -> xr.Variable:
+    """The same variable, its store watched where it is one of Zarr's. Nothing is read."""
+    watching = _watching(variable._data)
+    if watching is None:
+        return variable
+    return xr.Variable(variable.dims, watching, variable.attrs, variable.encoding)
+
+
+def _watching(given: Any) -> Any:
+    """A copy of xarray's layers around a Zarr array, down to its store; None of other arrays."""
+    if hasattr(given, "array"):
+        inner = _watching(given.array)
+        if inner is None:
+            return None
+        layer = copy.copy(given)
+        layer.array = inner
+        return layer
+    if not hasattr(given, "_array") or not isinstance(given._array, zarr.Array):
+        return None
+    array = given._array._async_array
+    if isinstance(array.store_path.store, WatchedStore):
+        return given
+    watching = copy.copy(array)
+    path = StorePath(WatchedStore(array.store_path.store), array.store_path.path)
+    object.__setattr__(watching, "store_path", path)  # frozen, as are arrays of Zarr's
+    backend = copy.copy(given)
+    backend._array = zarr.Array(watching)
+    return backend
