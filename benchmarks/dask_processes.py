@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections import deque
@@ -71,9 +70,7 @@ class Processes:
 
     def _start(self, kind: str, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "distributed.cli.dask_" + kind, *options]
-        # The scheduler remembers 100,000 events of each kind, which takes hours to come to an end.
-        environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__EVENTS_LOG_LENGTH": "100"}
-        return subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment)
+        return subprocess.Popen(command, stdout=self._log, stderr=self._log)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -5,10 +5,10 @@
 A scheduler and two workers are processes of their own. In each round this process fits arrays, a
 store, Dask arrays and checkpoints, here and on the cluster, by the same function and by one that
 is defined anew; is interrupted (SIGINT) in the middle of a pass, here and there; fits what cannot
-be fitted, and what fails to be read; saves and loads a result; and in every second round a
-worker is killed in the middle of a fit after another has joined. After each round it is counted what there is: memory,
-file descriptors, threads, temporary files and compilations of this process, tasks and plugins
-and memory of the scheduler, problems that workers keep.
+be fitted, and what fails to be read; saves and loads a result; and in every second round a worker
+is killed in the middle of a fit after another has joined. Counted after each round: memory, file
+descriptors, threads, temporary files and compilations of this process; tasks, plugins and memory
+of the scheduler; problems that workers keep.
 
 The rounds after the first ones, which load and compile, are judged by Theil and Sen's slope, the
 median of the slopes of all pairs, with its 95 % range (Sen 1968, Journal of the American
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,7 @@ NUM_ROWS = 60_000
 CHUNK_ROWS = 5_000
 P0 = {"amplitude": 1.0, "rate": 1.0, "offset": 0.0}
 UNCACHED = HybridStreamingConfig(cache_bytes=0, chunk_size=CHUNK_ROWS)
+KEPT_MESSAGES = 20
 WARMUP_SHARE = 0.25
 WARMUP_ROUNDS = 3
 
@@ -325,6 +327,9 @@ def soak(minutes: float, folder: Path) -> bool:
     # Workers that join would compile for longer than all the rest takes.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Dask keeps the last 1,000 messages and events of each kind, which takes hundreds of fits.
+    os.environ["DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH"] = str(KEPT_MESSAGES)
+    dask.config.set({"distributed.admin.low-level-log-length": KEPT_MESSAGES})
     censuses: list[dict[str, float]] = []
     end = time.monotonic() + 60 * minutes
     with Processes(folder, num_workers=2) as cluster:

@@ -37,7 +37,7 @@ from nlsq_dask.atomic import sync_folder, temporary_beside
 from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.plain_hdf5 import NotPlainError, member, require_in_one_piece, require_within
-from nlsq_dask.require import require_path
+from nlsq_dask.require import require_path, shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -97,7 +97,7 @@ def require_writable(argument: str, path: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise CheckpointError(
-            f"`{argument}` must be in a folder that can be written to, got {str(path)!r}: "
+            f"`{argument}` must be in a folder that can be written to, got {shown(str(path))}: "
             f"{type(error).__name__}: {error.strerror}"
         ) from error
 
@@ -182,7 +182,7 @@ def read_checkpoint(path: Path) -> Sections:
             return _read_sections(file)
     except OSError as error:
         raise CheckpointError(
-            f"`resume_from_checkpoint` must name a checkpoint, got {str(path)!r}: "
+            f"`resume_from_checkpoint` must name a checkpoint, got {shown(str(path))}: "
             f"{type(error).__name__}: {error.strerror or error}"
         ) from error
 

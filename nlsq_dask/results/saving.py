@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nlsq_dask.atomic import sync_file, sync_folder, temporary_beside
 from nlsq_dask.errors import ResultFileError
 from nlsq_dask.plain_hdf5 import NotPlainError
+from nlsq_dask.require import require_path, shown
 from nlsq_dask.results.labelled import ARRAYS, ATTRIBUTES, FORMAT, from_stored, to_dataset
 from nlsq_dask.results.outcome import Outcome
 from nlsq_dask.results.stored import format_of, read_stored
@@ -33,12 +34,9 @@ _SUFFIXES = (".nc", ".h5", ".zarr")
 def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
     """What `FitResult.save` documents."""
     place = _local_path(path)
-    if place.exists() and format_of(place) != FORMAT:
-        raise ResultFileError(
-            f"`path` must name a new file or a saved result, got {str(place)!r}, which is "
-            "something else and would be overwritten"
-        )
-    ds, temporary = to_dataset(fit), temporary_beside(place)
+    temporary = temporary_beside(place)
+    _require_writable(place, temporary)
+    ds = to_dataset(fit)
     # Bits as they are: no value stands for a missing one.
     encoding: dict[Any, Any] = {name: {"_FillValue": None} for name in ds.data_vars}
     try:
@@ -56,24 +54,46 @@ def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of the result that was saved: see `FitResult.load`."""
     place = _local_path(path)
-    if not place.exists():
-        raise FileNotFoundError(f"`path` must name a saved result, got {str(place)!r}: not there")
+    try:
+        os.stat(place)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"`path` must name a saved result, got {shown(str(place))}: not there "
+            f"({error.strerror})"
+        ) from None
     with _as_refusal(place):
         return from_stored(read_stored(place, ATTRIBUTES, ARRAYS))
 
 
 def _local_path(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`path` must be a path, got {path!r}")
-    text = os.fspath(path)
+    text = require_path("path", path)
     if "://" in text or Path(text).suffix not in _SUFFIXES:
         raise ResultFileError(
-            f"`path` must be local and end in one of {', '.join(_SUFFIXES)}, got {text!r}"
+            f"`path` must be local and end in one of {', '.join(_SUFFIXES)}, got {shown(text)}"
         )
     return Path(os.path.realpath(text))
 
 
 # -- out
+
+
+def _require_writable(place: Path, temporary: Path) -> None:
+    """See that a result can be written here, and that nothing else would be lost."""
+    try:
+        is_there = place.exists()
+        with open(temporary, "xb"):
+            pass
+        temporary.unlink()
+    except OSError as error:
+        raise ResultFileError(
+            f"`path` must be in a folder that can be written to, got {shown(str(place))}: "
+            f"{type(error).__name__}: {error.strerror}"
+        ) from error
+    if is_there and format_of(place) != FORMAT:
+        raise ResultFileError(
+            f"`path` must name a new file or a saved result, got {str(place)!r}, which is "
+            "something else and would be overwritten"
+        )
 
 
 def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) -> None:

@@ -116,9 +116,9 @@ def _array(name: str, dataset: Any) -> np.ndarray[Any, Any]:
 
 
 def _dtype(name: str, text: object) -> Any:
-    if text not in _DTYPES:
+    if not isinstance(text, str) or text not in _DTYPES:
         raise NotPlainError(f"its {name!r} is of {text!r:.100}, not of numbers as they are saved")
-    return _DTYPES[str(text)]
+    return _DTYPES[text]
 
 
 # -- Zarr, format 2

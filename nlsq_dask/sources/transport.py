@@ -66,8 +66,8 @@ def comes_late(transport: str) -> bool:
 
 
 @contextmanager
-def reported(store: str) -> Iterator[None]:
-    """Failures of a transport as this package's errors.
+def reported(store: str, argument: str = "ds") -> Iterator[None]:
+    """Failures of a transport as this package's errors; `argument` is the caller's, of the store.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def reported(store: str) -> Iterator[None]:
     except (StoreNotFoundError, StoreDeniedError):
         raise
     except _errors() as error:
-        raise _refusal_of(error, store) from None
+        raise _refusal_of(error, store, argument) from None
 
 
 @contextmanager
@@ -105,18 +105,18 @@ def _reason(error: Exception) -> str:
     return f"{tried[1]}: {tried[2]}" if tried else line or "no answer in time"
 
 
-def _refusal_of(error: Exception, store: str) -> OSError:
+def _refusal_of(error: Exception, store: str, argument: str = "ds") -> OSError:
     """What to tell of a store that could not be read."""
     reason = _reason(error)
     if isinstance(error, FileNotFoundError):
         return StoreNotFoundError(
-            f"`ds` must name a store that exists, and nothing was found at {store} ({reason}); "
-            "see that bucket, path and endpoint are as meant"
+            f"`{argument}` must name a store that exists, and nothing was found at {store} "
+            f"({reason}); see that bucket, path and endpoint are as meant"
         )
     if isinstance(error, PermissionError) or _DENIED.search(f"{type(error).__name__} {reason}"):
         return StoreDeniedError(
-            f"`ds` must be readable, and {store} was denied ({reason}); give credentials by "
-            '`storage_options`, {"anon": True} for public data on S3 and Azure, '
+            f"`{argument}` must be readable, and {store} was denied ({reason}); give credentials "
+            'by `storage_options`, {"anon": True} for public data on S3 and Azure, '
             '{"token": "anon"} on Google Cloud'
         )
     remedy = "see that endpoint and region are as meant, and that the service is up"
@@ -126,5 +126,6 @@ def _refusal_of(error: Exception, store: str) -> OSError:
             'let fsspec read the links of an index page: `storage_options={"simple_links": True}`'
         )
     return StoreUnreachableError(
-        f"`ds` must be reachable, and {store} was not ({type(error).__name__}: {reason}); {remedy}"
+        f"`{argument}` must be reachable, and {store} was not ({type(error).__name__}: {reason}); "
+        f"{remedy}"
     )
