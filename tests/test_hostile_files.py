@@ -213,7 +213,7 @@ HDF5 = {
     "bomb": (
         instead(
             "params",
-            lambda f, n: f.create_dataset(n, (2**37,), chunks=(2**20,), compression="gzip"),
+            lambda f, n: f.create_dataset(n, (2**37,), "f8", chunks=(2**20,), compression="gzip"),
         ),
         "'/params' is not stored in one piece",
     ),

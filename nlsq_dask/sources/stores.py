@@ -103,7 +103,8 @@ def _open_url(given: str, storage_options: Mapping[str, Any], argument: str) -> 
     if protocol_of(url) in PROTOCOLS and urlsplit(url).query:
         raise ValueError(
             f"`{argument}` must be a URL without a query, got {name}: a Zarr store is many "
-            "objects, and a query, such as a signature, is for one; give credentials by `storage_options`"
+            "objects, and a query, such as a signature, is for one; give credentials by "
+            "`storage_options`"
         )
     if urlsplit(url).path.endswith(_HDF5_SUFFIXES):
         # h5py reads a URL through a file object of Python's, and crashes when the process ends.
