@@ -12,7 +12,9 @@ of the scheduler; problems that workers keep.
 
 The rounds after the first ones, which load and compile, are judged by Theil and Sen's slope, the
 median of the slopes of all pairs, with its 95 % range (Sen 1968, Journal of the American
-Statistical Association 63, 1379). Exits non-zero if something grows.
+Statistical Association 63, 1379). Exits non-zero if what is counted in ones grows at all, or memory
+by the rows of one fit in a round of some twenty: heaps fragment, and libraries fill bounded caches
+for longer than the first rounds last.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ NUM_ROWS = 60_000
 CHUNK_ROWS = 5_000
 P0 = {"amplitude": 1.0, "rate": 1.0, "offset": 0.0}
 UNCACHED = HybridStreamingConfig(cache_bytes=0, chunk_size=CHUNK_ROWS)
+ROWS_MIB = 16 * NUM_ROWS / 2**20  # of one fit; a round has some twenty
 KEPT_MESSAGES = 20
 WARMUP_SHARE = 0.25
 WARMUP_ROUNDS = 3
@@ -240,14 +243,14 @@ class Kind:
 
 
 KINDS = {
-    "memory": Kind("memory, MiB", 2**-20, 0.1),
+    "memory": Kind("memory, MiB", 2**-20, ROWS_MIB),
     "descriptors": Kind("file descriptors"),
     "threads": Kind("threads"),
     "files": Kind("temporary files"),
     "compilations": Kind("compilations in the round"),
     "tasks": Kind("scheduler: tasks"),
     "plugins": Kind("scheduler: plugins"),
-    "scheduler": Kind("scheduler: memory, MiB", 2**-20, 0.1),
+    "scheduler": Kind("scheduler: memory, MiB", 2**-20, ROWS_MIB),
     "homes": Kind("workers: problems kept"),
 }
 
