@@ -247,7 +247,7 @@ class GivenModel:
                 "`data_source` must be (x, y), an iterator of batches, an xarray.Dataset, the "
                 f"path or URL of a store, or a Source, got {type(data).__name__}"
             )
-        ds = _open(data)
+        ds = _open(data, argument="data_source")
         if x_data is None and y_data is None and _is_row_store(ds, self.function):
             from nlsq_dask.sources.xarray import build_stored_source
 
@@ -324,15 +324,15 @@ def given_model(
     return GivenModel(function, p0, bounds, name)
 
 
-def _open(ds: Any, storage_options: Mapping[str, Any] | None = None) -> Any:
+def _open(ds: Any, storage_options: Mapping[str, Any] | None = None, argument: str = "ds") -> Any:
     """The dataset in a store; what is none as it is."""
     if not _is_store(ds):
         return ds
     if isinstance(ds, str | os.PathLike):
-        require_path("ds", ds)
+        require_path(argument, ds)
     from nlsq_dask.sources.stores import open_store
 
-    return open_store(ds, storage_options)
+    return open_store(ds, storage_options, argument)
 
 
 def _is_store(ds: object) -> bool:

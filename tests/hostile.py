@@ -14,6 +14,7 @@ import argparse
 import codecs
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,18 +25,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
-from nlsq_dask import HybridStreamingConfig
+from nlsq_dask import FitResult, HybridStreamingConfig, fit_dataset
 from nlsq_dask.checkpoint.file import read_checkpoint, write_checkpoint
 from nlsq_dask.config_file import read_options
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, ResultFileError
+from nlsq_dask.results.labelled import from_stored
+from nlsq_dask.results.plain import from_text, typed
+from nlsq_dask.results.stored import read_stored
 
 MOST_MEMORY_BYTES = 4 * 2**30  # of addresses, of which JAX alone takes two
 MOST_SECONDS = 10.0
+FEWEST_FILES = 60  # also where the machine is busy
 # What loading data has no reason to do.
 FORBIDDEN = re.compile(
     r"pickle\.find_class|marshal\.|subprocess\.|os\.(system|exec|spawn|fork|remove|rename|rmdir)"
@@ -45,7 +52,7 @@ FORBIDDEN = re.compile(
 
 @dataclass(frozen=True)
 class Loader:
-    """A kind of file: one that is right, how it is read, and how a forger would close it."""
+    """A kind of file or folder: one that is right, how it is read, how a forger would close it."""
 
     suffix: str
     write: Callable[[Path], None]
@@ -83,6 +90,22 @@ def load_config(path: Path) -> dict[str, Any]:
     return HybridStreamingConfig.from_mapping(read_options(path)).as_dict()
 
 
+def write_result(path: Path) -> None:
+    """Small, of every kind of field."""
+    t = np.linspace(0.0, 1.0, 30)
+    ds = xr.Dataset({"y": ("t", 2 * t + 1)}, coords={"t": t})
+    fit_dataset(
+        ds, lambda t, a, c: a * t + c[0] + c[1] * t**2, p0={"a": 1.0, "c": [2.0, 1.0]}
+    ).save(path)
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Also what is shown of it has to be text, whatever is in it."""
+    result = FitResult.load(path)
+    fields = {name: value for name, value in vars(result).items() if value is not None}
+    return {**fields, "summary": result.summary(), "html": result._repr_html_()}
+
+
 REFUSED_OPTIONS = (ValueError, TypeError)
 LOADERS = {
     "checkpoint": Loader(
@@ -90,16 +113,26 @@ LOADERS = {
     ),
     "toml": Loader(".toml", write_config, load_config, REFUSED_OPTIONS),
     "json": Loader(".json", write_config, load_config, REFUSED_OPTIONS),
+    "result": Loader(".nc", write_result, load_result, (ResultFileError,)),
+    "result folder": Loader(".zarr", write_result, load_result, (ResultFileError,)),
 }
 
 
 def plain(value: Any) -> Any:
     """To be compared: every bit and every dtype."""
+    if isinstance(value, Enum):
+        return value.name
+    if dataclasses.is_dataclass(value):
+        return plain(vars(value))
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
-    assert isinstance(value, str | int | float | bool | list | None), type(value)
+    if isinstance(value, float):
+        return repr(value)
+    assert isinstance(value, str | int | bool | None), type(value)
     return value
 
 
@@ -108,10 +141,12 @@ class Trial:
 
     def __init__(self, loader: Loader, folder: Path) -> None:
         self.loader = loader
-        self.path = folder / f"file{loader.suffix}"
-        loader.write(self.path)
-        self.image = self.path.read_bytes()
-        self.expected = plain(loader.load(self.path))
+        self.place = folder / f"file{loader.suffix}"
+        loader.write(self.place)
+        inside = (path for path in sorted(self.place.rglob("*")) if path.is_file())
+        paths = [self.place] if self.place.is_file() else inside
+        self.images = {path: path.read_bytes() for path in paths}
+        self.expected = plain(loader.load(self.place))
         self.tally: collections.Counter[str] = collections.Counter()
         self._is_loading = False
         codecs.lookup("ascii")  # or else loaded, from Python's own folder, at the first ASCII name
@@ -121,36 +156,37 @@ class Trial:
         if not self._is_loading:
             return
         opens = event == "open" and isinstance(arguments[0], str | bytes | os.PathLike)
-        elsewhere = opens and os.fsdecode(arguments[0]) != str(self.path)
+        elsewhere = opens and not Path(os.fsdecode(arguments[0])).is_relative_to(self.place)
         if FORBIDDEN.match(event) or elsewhere:
             self._is_loading = False
             self.stop(f"loading did {event} {arguments!r:.200}")
 
     def stop(self, why: str) -> None:
-        kept = self.path.with_name(f"survivor{self.loader.suffix}")
-        kept.write_bytes(self.path.read_bytes())
-        sys.stderr.write(f"{why}; the file is {self.path.read_bytes()!r:.2000}\n")
+        sys.stderr.write(f"{why}; the file is {self._now!r:.2000}\n")
         os._exit(3)
 
-    def load(self, image: bytes, *, is_forged: bool) -> None:
-        self.path.write_bytes(self.loader.seal(image) if is_forged else image)
+    def load(self, path: Path, image: bytes, *, is_forged: bool) -> None:
+        """What is loaded when one of the files, if there are several, has these bytes."""
+        self._now = path, self.loader.seal(image) if is_forged else image
+        path.write_bytes(self._now[1])
         self.tally["files fuzzed"] += 1
         start = time.perf_counter()
         self._is_loading = True
         try:
-            found = plain(self.loader.load(self.path))
+            found = plain(self.loader.load(self.place))
         except self.loader.refusals:
             self.tally["files refused"] += 1
         else:
             is_equal = found == self.expected
-            is_plain_text = self.loader.seal is bytes
-            if not is_equal and not is_forged and not is_plain_text:
+            has_no_digest = self.loader.seal is bytes
+            if not is_equal and not is_forged and not has_no_digest:
                 self.stop("damage was not found out")
             self.tally["files loaded equal" if is_equal else "files loaded as other data"] += 1
         finally:
             self._is_loading = False
         if time.perf_counter() - start > MOST_SECONDS:
             self.stop(f"loading took {time.perf_counter() - start:.1f} s")
+        path.write_bytes(self.images[path])
 
 
 NUMBERS = (0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)
@@ -181,19 +217,26 @@ def mutated(image: bytes, rng: random.Random) -> bytes:
 
 def fuzz_at_random(trial: Trial, seconds: float, seed: int) -> None:
     rng, end = random.Random(seed), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        trial.load(mutated(trial.image, rng), is_forged=rng.random() < 0.8)
+    paths = list(trial.images)
+    while time.perf_counter() < end or trial.tally["files fuzzed"] < FEWEST_FILES:
+        path = rng.choice(paths)
+        trial.load(path, mutated(trial.images[path], rng), is_forged=rng.random() < 0.8)
 
 
 def fuzz_guided(trial: Trial, seconds: float, seed: int) -> None:
     """By coverage of this package's and h5py's Python; HDF5 itself is not instrumented."""
     import atheris
 
-    for function in (read_checkpoint, read_options, HybridStreamingConfig.from_mapping.__func__):
+    for function in (
+        *(read_checkpoint, read_options, HybridStreamingConfig.from_mapping.__func__),
+        *(read_stored, from_stored, from_text, typed),
+    ):
         atheris.instrument_func(function)
-    corpus = trial.path.with_name("corpus")
+    paths = list(trial.images)
+    corpus = trial.place.with_name("corpus")
     corpus.mkdir()
-    (corpus / "seed").write_bytes(trial.image)
+    for i, path in enumerate(paths):  # the first byte says which file it is
+        (corpus / str(i)).write_bytes(bytes([i]) + trial.images[path])
     end = time.perf_counter() + seconds
 
     def once(image: bytes) -> None:
@@ -201,7 +244,7 @@ def fuzz_guided(trial: Trial, seconds: float, seed: int) -> None:
             sys.stdout.write(json.dumps(trial.tally) + "\n")
             sys.stdout.flush()
             os._exit(0)
-        trial.load(image, is_forged=True)
+        trial.load(paths[image[0] % len(paths) if image else 0], image[1:], is_forged=True)
 
     atheris.Setup([sys.argv[0], str(corpus), f"-seed={seed + 1}", "-verbosity=0"], once)
     atheris.Fuzz()

@@ -14,11 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 # A layer may import those to its left.
 ORDER = [
     {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value"},
+    {"plain_hdf5"},
     {"options", "compilation", "require", "traces", "config_file"},
     {"config"},
     {"checkpoint.flat"},
     {"checkpoint.file"},
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
+    {"parameters.labels"},
     {"parameters.space", "warmup.normalization", "model", "sources.buffers"},
     {"sources.retrying"},
     {"parameters.given", "sources.base", "sources.transport"},
@@ -56,7 +58,7 @@ ORDER = [
     {"results.session"},
     {"results.residuals", "results.streaming", "results.profile", "results.unit_text"},
     {"results.units", "results.plain", "results.rows", "results.convergence_svg"},
-    {"results.provenance"},
+    {"results.provenance", "results.stored"},
     {"results.outcome"},
     {"results.intervals", "results.labelled", "results.summary"},
     {"results.prediction", "results.saving", "results.html", "results.sampled"},

@@ -29,7 +29,15 @@ from hypothesis.extra import numpy as hnp
 import bad_input
 from bad_input import ROWS, T, Y, line, of_x
 from conftest import start_cluster
-from nlsq_dask import HybridStreamingConfig, Status, compat, curve_fit, fit_dataset, optimizer
+from nlsq_dask import (
+    FitResult,
+    HybridStreamingConfig,
+    Status,
+    compat,
+    curve_fit,
+    fit_dataset,
+    optimizer,
+)
 from nlsq_dask.cli import main
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate import workers
@@ -89,6 +97,8 @@ PLACES = {
     "empty": ("", ValueError, "`checkpoint` must be a path … got ''"),
     "zero byte": ("a\0b", ValueError, "`checkpoint` must be a path … got 'a"),
     "too long": ("x" * 300, ValueError, "`checkpoint` must be in a folder … got … too long"),
+    "too deep": ("x/" * 3000, ValueError, "`checkpoint` must be in a folder … got … too long"),
+    "just too long": ("x" * 250, ValueError, "`checkpoint` must be in a folder … got … too long"),
     "a folder": (".", ValueError, "`checkpoint` must name a new file … got"),
     "no folder": ("none/x.h5", ValueError, "`checkpoint` must be in a folder … got … x.h5"),
     "another file": ("notes.txt", ValueError, "`checkpoint` must name a new file … notes.txt"),
@@ -98,6 +108,7 @@ PLACES = {
 }
 RESUMED = {
     "nothing": ("none.h5", "`resume_from_checkpoint` must name a checkpoint, got … none.h5"),
+    "too long": ("x" * 300, "`resume_from_checkpoint` must name a checkpoint, got … too long"),
     "a folder": (".", "`resume_from_checkpoint` must name a checkpoint, got … not a file"),
     "a pipe": ("pipe", "`resume_from_checkpoint` must name a checkpoint, got … not a file"),
     "a device": ("/dev/zero", "`resume_from_checkpoint` must name … /dev/zero … not a file"),
@@ -139,6 +150,57 @@ def test_places_to_resume_from(what, record_property):
 def test_folders(name, record_property):
     config = HybridStreamingConfig(**{name: "notes.txt"})
     refuse((name, bad_input.fit(config=config), ValueError, FOLDERS[name]), record_property)
+
+
+@pytest.mark.usefixtures("no_work", "folder")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_a_long_name(name, record_property):
+    message = f"`{name}` must be a folder … got … too long"
+    config = HybridStreamingConfig(**{name: "x" * 300})
+    refuse((name, bad_input.fit(config=config), ValueError, message), record_property)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return fit_dataset(xr.Dataset({"y": ("t", Y)}, coords={"t": T}), line)
+
+
+SAVED = {
+    "too long": ("x" * 300 + ".nc", ValueError, "`path` must be in a folder … got … too long"),
+    "just too long": ("x" * 250 + ".nc", ValueError, "`path` must be in a folder … too long"),
+    "too deep": ("x/" * 3000 + "x.zarr", ValueError, "`path` must be in a folder … too long"),
+    "no folder": ("none/x.nc", ValueError, "`path` must be in a folder … got … none/x.nc"),
+    "zero byte": ("a\0b.nc", ValueError, "`path` must be a path … got 'a"),
+    "a number": (3, TypeError, "`path` must be a path, got 3"),
+    "bytes": (b"x.nc", TypeError, "`path` must be a path, got b'x.nc'"),
+    "another suffix": ("x.txt", ValueError, "`path` must be local and end in … got 'x.txt'"),
+}
+LOADED = {
+    "too long": ("x" * 300 + ".nc", FileNotFoundError, "`path` must name a saved … too long"),
+    "too deep": ("x/" * 3000 + "x.zarr", FileNotFoundError, "`path` must name … too long"),
+    "nothing": ("none.nc", FileNotFoundError, "`path` must name a saved result, got … not there"),
+    "a pipe": ("pipe.nc", ValueError, "pipe.nc … is not a file"),
+    "a device": ("zero.nc", ValueError, "/dev/zero … is not a file"),
+    "an empty folder": ("empty.zarr", ValueError, "empty.zarr … must be a Zarr group of format 2"),
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("what", SAVED)
+def test_places_to_save(what, result, record_property):
+    path, kind, message = SAVED[what]
+    refuse((what, lambda: result.save(path), kind, message), record_property)
+    assert sorted(os.listdir()) == ["notes.txt", "pipe"]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("what", LOADED)
+def test_places_to_load(what, record_property):
+    os.mkfifo("pipe.nc")
+    os.symlink("/dev/zero", "zero.nc")
+    os.mkdir("empty.zarr")
+    path, kind, message = LOADED[what]
+    refuse((what, lambda: FitResult.load(path), kind, message), record_property)
 
 
 # -- clusters that are not there

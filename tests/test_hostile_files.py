@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -17,9 +19,9 @@ import pytest
 import xarray as xr
 
 import hostile
-from nlsq_dask import HybridStreamingConfig, fit_dataset
+from nlsq_dask import FitResult, HybridStreamingConfig, fit_dataset
 from nlsq_dask.checkpoint.file import read_checkpoint, write_checkpoint
-from nlsq_dask.errors import CheckpointError
+from nlsq_dask.errors import CheckpointError, ResultFileError
 
 
 def fuzz(loader, seconds, record_property, *options):
@@ -147,6 +149,241 @@ def test_forged_checkpoints(what, tmp_path, record_property):
     assert time.perf_counter() - start < 10
     record_property("files forged", 1)
     record_property("forged files refused", 1)
+
+
+# -- results
+
+
+@pytest.fixture(scope="module", params=[".nc", ".zarr"])
+def saved(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / f"result{request.param}"
+    hostile.write_result(path)
+    return path
+
+
+@pytest.fixture
+def result_file(saved, tmp_path):
+    """A copy, to be spoilt."""
+    path = tmp_path / saved.name
+    if saved.is_dir():
+        shutil.copytree(saved, path)
+    else:
+        shutil.copy(saved, path)
+    return path
+
+
+def refuse_result(path, message, record_property):
+    """Refused for that reason, soon, in little memory."""
+    record_property("files forged", 1)
+    start = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ResultFileError, match=message) as raised:
+            FitResult.load(path)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.name in str(raised.value)
+    assert time.perf_counter() - start < 10
+    assert peak_bytes < 2**24
+    record_property("forged files refused", 1)
+
+
+def instead(name, change):
+    """Another dataset under the name of one that is there."""
+
+    def forge(file):
+        del file[name]
+        change(file, name)
+
+    return forge
+
+
+def huge_attribute(file):
+    """Where all of them could be the same one."""
+    texts = np.array(["x" * 1_000] * 1_000, h5py.string_dtype())
+    file.attrs.create("details", texts)
+
+
+def many_texts(file, name):
+    file.create_dataset(name, (2**20,), h5py.string_dtype())
+
+
+HDF5 = {
+    "bomb": (
+        instead(
+            "params",
+            lambda f, n: f.create_dataset(n, (2**37,), "f8", chunks=(2**20,), compression="gzip"),
+        ),
+        "'/params' is not stored in one piece",
+    ),
+    "fill values": (
+        instead("params", lambda f, n: f.create_dataset(n, (2**40,), "f8", fillvalue=1.0)),
+        "'/params' is not stored in one piece",
+    ),
+    "a file elsewhere": (
+        instead(
+            "params",
+            lambda f, n: f.create_dataset(n, (3,), "f8", external=[("/etc/passwd", 0, 24)]),
+        ),
+        "'/params' is not stored in one piece",
+    ),
+    "an external link": (
+        instead("params", lambda f, n: f.__setitem__(n, h5py.ExternalLink("../x.nc", "/params"))),
+        "'params' is a link",
+    ),
+    "a soft link": (
+        instead("params", lambda f, n: f.__setitem__(n, h5py.SoftLink("/p0"))),
+        "'params' is a link",
+    ),
+    "a group": (instead("params", lambda f, n: f.create_group(n)), "is not a dataset"),
+    "a virtual dataset": (
+        instead(
+            "params",
+            lambda f, n: f.create_virtual_dataset(n, h5py.VirtualLayout((3,), "f8")),
+        ),
+        "not stored in one piece",
+    ),
+    "many texts": (instead("params", many_texts), "not stored in one piece|is of"),
+    "integers for numbers": (
+        instead("params", lambda f, n: f.create_dataset(n, data=np.arange(3))),
+        "'popt' is not of float64 numbers",
+    ),
+    "bytes that are no booleans": (
+        instead("is_free", lambda f, n: f.create_dataset(n, data=np.full(3, 7, np.int8))),
+        "neither true nor false",
+    ),
+    "another length": (
+        instead("params", lambda f, n: f.create_dataset(n, data=np.zeros(10_000))),
+        "wrong shape",
+    ),
+    "an attribute of many texts": (huge_attribute, "'details' is not one text"),
+    "an attribute of a number": (lambda f: f.attrs.create("details", 3.0), "is not one text"),
+    "another format": (lambda f: f.attrs.__setitem__("format", "nlsq"), "says that it is none"),
+}
+
+
+@pytest.mark.parametrize("saved", [".nc"], indirect=True)
+@pytest.mark.parametrize("what", HDF5)
+def test_forged_netcdf(what, result_file, record_property):
+    change, message = HDF5[what]
+    with h5py.File(result_file, "r+") as file:
+        change(file)
+    refuse_result(result_file, message, record_property)
+
+
+def described(folder, **changes):
+    path = folder / "params" / ".zarray"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def array_of_pieces(folder):
+    described(folder, chunks=[1])
+    for i in range(3):
+        (folder / "params" / str(i)).write_bytes(bytes(8))
+
+
+def lead(to):
+    def forge(folder, name):
+        path = folder / name
+        elsewhere = folder.parent / "elsewhere"
+        path.rename(elsewhere)
+        os.symlink(elsewhere if to == "the same" else to, path)
+
+    return forge
+
+
+def link(name, to="the same"):
+    return lambda folder: lead(to)(folder, name)
+
+
+def with_holes(folder):
+    """A terabyte that is not on the disk."""
+    described(folder, shape=[2**37], chunks=[2**37])
+    os.truncate(folder / "params" / "0", 2**40)
+
+
+ZARR = {
+    "bomb": (
+        lambda d: described(d, compressor={"id": "zlib", "level": 9}, shape=[2**40]),
+        "'params' has codecs.*zlib",
+    ),
+    "pickles": (lambda d: described(d, filters=[{"id": "pickle"}]), "has codecs.*pickle"),
+    "fill values": (
+        lambda d: described(d, shape=[2**24], chunks=[2**24]),
+        "must have 134,217,728 bytes, got 24",
+    ),
+    "endless": (lambda d: described(d, shape=[2**62], chunks=[2**62]), "bytes, and .* are free"),
+    "holes": (with_holes, "arrays have 1,099,511,62.* bytes, and .* are free"),
+    "negative": (lambda d: described(d, shape=[-3], chunks=[-3]), "not stored in one piece"),
+    "in pieces": (array_of_pieces, "not stored in one piece"),
+    "text for a shape": (lambda d: described(d, shape="3"), "not stored in one piece"),
+    "objects": (lambda d: described(d, dtype="|O"), r"is of '\|O'"),
+    "nested dtype": (lambda d: described(d, dtype=[["a", "<f8"]]), "is of "),
+    "format 3": (lambda d: (d / ".zgroup").unlink(), "must be a Zarr group of format 2"),
+    "a chunk missing": (lambda d: (d / "params" / "0").unlink(), "No such file"),
+    "a chunk too short": (
+        lambda d: (d / "params" / "0").write_bytes(b"1234567"),
+        "must have 24 bytes, got 7",
+    ),
+    "a chunk too long": (
+        lambda d: (d / "params" / "0").write_bytes(bytes(10_000_000)),
+        "has 10,000,000 bytes, of at most 24",
+    ),
+    "a chunk that is a link": (link("params/0"), "'params/0' is a link"),
+    "a chunk that is a device": (link("params/0", "/dev/zero"), "'params/0' is a link"),
+    "an array that is a link": (link("params"), "'params' is a link"),
+    "attributes that are a link": (link(".zattrs"), "'.zattrs' is a link"),
+    "a description that is a link": (link("params/.zarray"), "'params/.zarray' is a link"),
+    "no array": (lambda d: shutil.rmtree(d / "params"), "'popt'"),
+    "attributes that are no object": (
+        lambda d: (d / ".zattrs").write_text("[]"),
+        "is not an object of JSON",
+    ),
+    "deep attributes": (
+        lambda d: (d / ".zattrs").write_text("[" * 100_000),
+        "nested too deeply",
+    ),
+    "attributes that are no text": (
+        lambda d: (d / ".zattrs").write_text(json.dumps({"format": [1]})),
+        r"its attributes \['format'\] are not text",
+    ),
+    "large attributes": (
+        lambda d: os.truncate(d / ".zattrs", 2**40),
+        r"'.zattrs' has 1,099,511,627,776 bytes",
+    ),
+    "a pipe": (
+        lambda d: ((d / "params" / "0").unlink(), os.mkfifo(d / "params" / "0")),
+        "'params/0' is a link, or not a file",
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", [".zarr"], indirect=True)
+@pytest.mark.parametrize("what", ZARR)
+def test_forged_zarr(what, result_file, record_property):
+    change, message = ZARR[what]
+    change(result_file)
+    refuse_result(result_file, message, record_property)
+
+
+def test_names_in_a_result_are_not_paths(result_file, record_property):
+    """Arrays are looked for by the package's own names alone; parameters' names are text."""
+    name = "../../../tmp/x"
+    if result_file.is_dir():
+        text = (result_file / ".zattrs").read_text()
+        record = json.loads(json.loads(text)["record"])
+        record["shapes"] = {name: {"!": "tuple", "items": [3]}}
+        attributes = {**json.loads(text), "record": json.dumps(record)}
+        (result_file / ".zattrs").write_text(json.dumps(attributes))
+    else:
+        with h5py.File(result_file, "r+") as file:
+            record = json.loads(file.attrs["record"])
+            record["shapes"] = {name: {"!": "tuple", "items": [3]}}
+            file.attrs["record"] = json.dumps(record)
+    result = FitResult.load(result_file)
+    assert result.param_names == tuple(f"{name}[{i}]" for i in range(3))
+    record_property("files forged", 1)
 
 
 # -- a checkpoint that is well-formed, of numbers that no fit writes

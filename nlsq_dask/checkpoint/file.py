@@ -36,7 +36,8 @@ import numpy as np
 from nlsq_dask.atomic import sync_folder, temporary_beside
 from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
-from nlsq_dask.require import require_path
+from nlsq_dask.plain_hdf5 import NotPlainError, member, require_in_one_piece, require_within
+from nlsq_dask.require import require_path, shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -96,7 +97,7 @@ def require_writable(argument: str, path: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise CheckpointError(
-            f"`{argument}` must be in a folder that can be written to, got {str(path)!r}: "
+            f"`{argument}` must be in a folder that can be written to, got {shown(str(path))}: "
             f"{type(error).__name__}: {error.strerror}"
         ) from error
 
@@ -181,7 +182,7 @@ def read_checkpoint(path: Path) -> Sections:
             return _read_sections(file)
     except OSError as error:
         raise CheckpointError(
-            f"`resume_from_checkpoint` must name a checkpoint, got {str(path)!r}: "
+            f"`resume_from_checkpoint` must name a checkpoint, got {shown(str(path))}: "
             f"{type(error).__name__}: {error.strerror or error}"
         ) from error
 
@@ -191,7 +192,7 @@ def _as_refusal(path: Path) -> Iterator[None]:
     """Say which file it is."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, NotPlainError) as error:
         raise CheckpointError(f"The checkpoint {str(path)!r} cannot be used: {error}") from None
     # What h5py raises where a file that has its digest is not as HDF5 has it.
     except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -223,12 +224,9 @@ def _read_sections(file: BinaryIO) -> Sections:
             raise CheckpointError(
                 f"it has format {version}, and this version of the package reads {FORMAT_VERSION}"
             )
-        groups = [_member(root, section, h5py.Group) for section in _SECTIONS if section in root]
+        groups = [member(root, section, h5py.Group) for section in _SECTIONS if section in root]
         datasets = [_members(group) for group in groups]
-        # Parts may lie on top of each other, and claim to be longer than the file.
-        claimed = sum(part.nbytes for parts in datasets for part in parts.values())
-        if claimed > file.seek(0, os.SEEK_END):
-            raise CheckpointError("its parts are larger than the file")
+        require_within(file, [part for parts in datasets for part in parts.values()])
         return {
             str(group.name).lstrip("/"): {name: _read_leaf(part) for name, part in parts.items()}
             for group, parts in zip(groups, datasets, strict=True)
@@ -246,25 +244,12 @@ def _attribute(root: Any, name: str) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _member(group: Any, name: str, kind: type) -> Any:
-    """What a hard link leads to: soft and external links are not followed."""
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise CheckpointError(f"its {name!r} is a link")
-    member = group[name]
-    if not isinstance(member, kind):
-        raise CheckpointError(f"its {name!r} is not a {kind.__name__.lower()}")
-    return member
-
-
 def _members(group: Any) -> dict[str, Any]:
     """Datasets whose bytes are in the file, as they are."""
     if len(group) > _MAX_LEAVES:
         raise CheckpointError(f"its {group.name!r} has {len(group):,} parts")
-    members = {name: _member(group, name, h5py.Dataset) for name in group}
-    for dataset in members.values():
-        is_plain = dataset.chunks is None and not dataset.is_virtual and not dataset.external
-        if not is_plain or dataset.id.get_storage_size() != dataset.nbytes:
-            raise CheckpointError(f"its {dataset.name!r} is not stored in one piece")
+    members = {name: member(group, name, h5py.Dataset) for name in group}
+    require_in_one_piece(members.values())
     return members
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from nlsq_dask._typing import Array, Shape, abstract
 from nlsq_dask.model import Model
@@ -33,5 +33,15 @@ def _largest(jaxpr: Any) -> int:
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [math.prod(out.aval.shape) for out in equation.outvars]
-        sizes += [_largest(inner) for inner in jaxprs_in_params(equation.params)]
+        sizes += [_largest(inner) for inner in _inner(equation.params)]
     return max(sizes)
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    """JAX's own `jaxprs_in_params`, which is not public in all the releases allowed."""
+    for value in params.values():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, Jaxpr):
+                yield each

@@ -13,6 +13,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Shape, Vector
 from nlsq_dask.errors import ModelError
+from nlsq_dask.parameters.labels import labels_of
 from nlsq_dask.parameters.ties import Tie
 from nlsq_dask.traces import trace_of
 
@@ -42,11 +43,7 @@ class ParameterSpace:
     @property
     def labels(self) -> tuple[str, ...]:
         """A name for each element of the flat vector: ``a``, ``c[0]``, ``c[1]``, …"""
-        return tuple(
-            name if not shape else f"{name}[{','.join(map(str, index))}]"
-            for name, shape in zip(self.names, self.shapes, strict=True)
-            for index in np.ndindex(shape)
-        )
+        return labels_of(zip(self.names, self.shapes, strict=True))
 
     @property
     def free_bounds(self) -> tuple[Vector, Vector]:

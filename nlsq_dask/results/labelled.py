@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nlsq_dask.checkpoint.flat import flatten, read_fields
 from nlsq_dask.errors import CheckpointError, ResultFileError
+from nlsq_dask.parameters.labels import labels_of
 from nlsq_dask.results.outcome import STATISTICS, Outcome
 from nlsq_dask.results.plain import from_text, to_text, typed
 from nlsq_dask.results.provenance import Provenance
+from nlsq_dask.results.stored import Stored
+from nlsq_dask.telemetry import IterationRecord
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "from_dataset", "to_dataset"]
+__all__ = ["ARRAYS", "ATTRIBUTES", "FORMAT", "FORMAT_VERSION", "from_stored", "to_dataset"]
 
 FORMAT = "nlsq_dask result"
 FORMAT_VERSION = "1.0"
@@ -40,6 +44,14 @@ _SCALARS = (
 )
 _TEXTS = ("status", "details", "loss", "covariance_kind")
 _FIELDS = (*_BY_PARAMETER, "pcov", *_SCALARS.split(" "), *_TEXTS, "history")
+
+# What of a file is needed to have the result again; the rest follows from it.
+ATTRIBUTES = ("format", "format_version", "record", *_TEXTS)
+_LEAVES = {
+    **{_RENAMED.get(name, name): name for name in (*_BY_PARAMETER, "pcov", *_SCALARS.split(" "))},
+    **{f"history_{field.name}": f"history.{field.name}" for field in fields(IterationRecord)},
+}
+ARRAYS = tuple(_LEAVES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +144,7 @@ def _attributes(fit: Outcome) -> dict[str, Any]:
 # -- back
 
 
-def from_dataset(ds: xr.Dataset) -> dict[str, Any]:
+def from_stored(stored: Stored) -> dict[str, Any]:
     """The fields of the result that `to_dataset` laid out.
 
     Raises
@@ -140,38 +152,30 @@ def from_dataset(ds: xr.Dataset) -> dict[str, Any]:
     ResultFileError
         If it is of another format, something is missing, or parts do not belong together.
     """
-    _require_format(ds)
+    _require_format(stored.attributes)
     try:
-        record = typed(_Record, from_text(ds.attrs["record"]))
+        record = typed(_Record, from_text(stored.attributes["record"]))
         num_params = sum(math.prod(shape) for shape in record.shapes.values())
-        found = read_fields(Outcome, _leaves(ds), {"n": num_params}, only=_FIELDS)
-        names = tuple(str(name) for name in ds["param"].values)
+        found = read_fields(Outcome, _leaves(stored), {"n": num_params}, only=_FIELDS)
+        names = labels_of(record.shapes.items())
     except (CheckpointError, KeyError, ValueError) as error:
         text = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ResultFileError(f"the saved result cannot be used: {text}") from None
-    if len(names) != num_params:
-        raise ResultFileError(
-            f"the saved result cannot be used: it names {len(names)} of {num_params} parameters"
-        )
     return {**found, **vars(record), "param_names": names}
 
 
-def _require_format(ds: xr.Dataset) -> None:
-    if ds.attrs.get("format") != FORMAT:
+def _require_format(attributes: Mapping[str, str]) -> None:
+    if attributes.get("format") != FORMAT:
         raise ResultFileError("it must be a saved result, and says that it is none")
-    version = ds.attrs.get("format_version")
+    version = attributes.get("format_version")
     if version != FORMAT_VERSION:
         raise ResultFileError(
-            f"it must have format {FORMAT_VERSION} for this version of the package, got {version!r}"
+            f"it must have format {FORMAT_VERSION} for this version of the package, got "
+            f"{version!r:.100}"
         )
 
 
-def _leaves(ds: xr.Dataset) -> dict[str, Any]:
+def _leaves(stored: Stored) -> dict[str, Any]:
     """The fields' values, under the names that `flatten` gives them."""
-    leaves: dict[str, Any] = {name: str(ds.attrs[name]) for name in _TEXTS}
-    original = {variable: field for field, variable in _RENAMED.items()}
-    for name, variable in ds.data_vars.items():
-        text = str(name)
-        field = text.replace("history_", "history.", 1) if text.startswith("history_") else text
-        leaves[original.get(field, field)] = np.asarray(variable.values)
-    return leaves
+    leaves: dict[str, Any] = {name: stored.attributes[name] for name in _TEXTS}
+    return leaves | {_LEAVES[name]: array for name, array in stored.arrays.items()}

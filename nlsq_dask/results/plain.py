@@ -7,6 +7,7 @@ finite.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import types
@@ -104,6 +105,11 @@ def typed(kind: type[_Value], value: Any) -> _Value:
     return read
 
 
+@functools.lru_cache(maxsize=64)
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _typed(name: str, kind: Any, value: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -119,7 +125,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             items = zip(kinds, value, strict=True)
             return tuple(_typed(f"{name}[{i}]", *item) for i, item in enumerate(items))
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if set(value) == {field.name for field in fields(kind)}:
             return kind(**{key: _typed(f"{name}.{key}", hints[key], value[key]) for key in value})
     if isinstance(kind, type) and type(value) is kind:

@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ import xarray as xr
 from zarr.abc.store import Store as ZarrStore
 
 from nlsq_dask.errors import StoreDeniedError, StoreNotFoundError
+from nlsq_dask.require import shown
 from nlsq_dask.sources.objects import (
     PROTOCOLS,
     build_object_store,
@@ -46,12 +48,14 @@ _HDF5_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".he5")
 def open_store(
     store: str | os.PathLike[str] | ZarrStore,
     storage_options: Mapping[str, Any] | None = None,
+    argument: str = "ds",
 ) -> xr.Dataset:
     """Open a Zarr or HDF5/netCDF4 store lazily, without Dask and without loading coordinates.
 
     A URL is of Zarr, and read by obstore or by fsspec: `nlsq_dask.sources.objects` has the rule.
     HDF5 is a local file, read through h5py (xarray's ``h5netcdf`` engine); datasets without
-    dimension scales get dimensions ``phony_dim_0``, … by length.
+    dimension scales get dimensions ``phony_dim_0``, … by length. `argument` is what the caller
+    calls the store.
 
     Raises
     ------
@@ -65,20 +69,38 @@ def open_store(
         If what is there is neither a Zarr group nor an HDF5 file.
     """
     if isinstance(store, ZarrStore):
-        return _open_zarr(store, None, redacted(repr(store)))
+        return _open_zarr(store, None, _Asked(argument, redacted(repr(store))))
     path = _local_path(os.fspath(store))
     if "://" in path:
-        return _open_url(path, storage_options or {})
-    if not Path(path).exists():
-        raise StoreNotFoundError(f"`ds` must name a store that exists, got {path!r}")
+        return _open_url(path, storage_options or {}, argument)
+    asked = _Asked(argument, repr(path))
+    _require_there(path, asked)
     if storage_options:
         raise ValueError(
             f"`storage_options` must go with a URL, got the local path {path!r} and options "
             f"{sorted(storage_options)}"
         )
     if Path(path).is_file() and not path.endswith(".zip"):
-        return _open_hdf5(path)
-    return _open_zarr(path, None, repr(path))
+        return _open_hdf5(path, asked)
+    return _open_zarr(path, None, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """For errors: what the caller calls the store, and its name there, without secrets."""
+
+    argument: str
+    name: str
+
+
+def _require_there(path: str, asked: _Asked) -> None:
+    try:
+        os.stat(path)
+    except OSError as error:
+        why = "" if isinstance(error, FileNotFoundError) else f": {error.strerror}"
+        raise StoreNotFoundError(
+            f"`{asked.argument}` must name a store that exists, got {shown(path)}{why}"
+        ) from None
 
 
 def _local_path(given: str) -> str:
@@ -86,28 +108,30 @@ def _local_path(given: str) -> str:
     return url2pathname(urlsplit(given).path) if given.startswith("file://") else given
 
 
-def _open_url(given: str, storage_options: Mapping[str, Any]) -> xr.Dataset:
+def _open_url(given: str, storage_options: Mapping[str, Any], argument: str) -> xr.Dataset:
     url, options = without_credentials(given, storage_options)
     name = repr(redacted(url))
+    asked = _Asked(argument, name)
     if protocol_of(url) in PROTOCOLS and urlsplit(url).query:
         raise ValueError(
-            f"`ds` must be a URL without a query, got {name}: a Zarr store is many objects, and a "
-            "query, such as a signature, is for one; give credentials by `storage_options`"
+            f"`{argument}` must be a URL without a query, got {name}: a Zarr store is many "
+            "objects, and a query, such as a signature, is for one; give credentials by "
+            "`storage_options`"
         )
     if urlsplit(url).path.endswith(_HDF5_SUFFIXES):
         # h5py reads a URL through a file object of Python's, and crashes when the process ends.
         raise ValueError(
-            f"`ds` must be a Zarr group where it is a URL, got {name}, an HDF5 file by its name; "
-            "copy it to a disk that the workers see, or make a virtual Zarr store of it "
+            f"`{argument}` must be a Zarr group where it is a URL, got {name}, an HDF5 file by its "
+            "name; copy it to a disk that the workers see, or make a virtual Zarr store of it "
             "(VirtualiZarr, kerchunk) and pass the dataset that xarray opens of that"
         )
-    with reported(name):
+    with reported(name, argument):
         store = build_object_store(url, options)
     if store is not None:
-        return _open_zarr(store, None, name)
-    with _refused(name):
+        return _open_zarr(store, None, asked)
+    with _refused(asked):
         _await_answer(url, options)
-    return _open_zarr(url, options, name)
+    return _open_zarr(url, options, asked)
 
 
 def _await_answer(url: str, options: Mapping[str, Any]) -> None:
@@ -117,21 +141,21 @@ def _await_answer(url: str, options: Mapping[str, Any]) -> None:
         fsspec.asyn.sync(fs.loop, fs._exists, path, timeout=_ANSWER_SECONDS)
 
 
-def _open_zarr(store: Any, options: Mapping[str, Any] | None, name: str) -> xr.Dataset:
+def _open_zarr(store: Any, options: Mapping[str, Any] | None, asked: _Asked) -> xr.Dataset:
     try:
-        return _open_group(store, options, name, None)
+        return _open_group(store, options, asked, None)
     except StoreDeniedError:
         # Who may not list is denied what does not exist, and so the other format's metadata.
         for zarr_format in (3, 2):
             with contextlib.suppress(StoreDeniedError, StoreNotFoundError):
-                return _open_group(store, options, name, zarr_format)
+                return _open_group(store, options, asked, zarr_format)
         raise
 
 
 def _open_group(
-    store: Any, options: Mapping[str, Any] | None, name: str, zarr_format: int | None
+    store: Any, options: Mapping[str, Any] | None, asked: _Asked, zarr_format: int | None
 ) -> xr.Dataset:
-    with warnings.catch_warnings(), _refused(name):
+    with warnings.catch_warnings(), _refused(asked):
         # Format 3 does not have consolidated metadata; not finding it is no news.
         warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated")
         return _patiently(
@@ -174,28 +198,32 @@ def _patiently(open_dataset: Callable[[], xr.Dataset], transport: str) -> xr.Dat
 
 
 @contextlib.contextmanager
-def _refused(name: str) -> Iterator[None]:
+def _refused(asked: _Asked) -> Iterator[None]:
     """What keeps a store from being opened, in words that hold no secrets."""
     try:
-        with reported(name):
+        with reported(asked.name, asked.argument):
             yield
     except ImportError as error:
         raise ImportError(
-            f"`ds` must be of a protocol whose package is installed, got {name}: {error}; "
+            f"`{asked.argument}` must be of a protocol whose package is installed, got "
+            f"{asked.name}: {error}; "
             "pip install 'nlsq-dask[cloud]', and where options of fsspec's own are given, gcsfs "
             "for Google Cloud, adlfs for Azure"
         ) from None
     except (ValueError, TypeError) as error:  # an array, an unknown protocol, an unknown option
-        raise ValueError(f"`ds` must name a Zarr group, got {name}: {redacted(error)}") from None
+        raise ValueError(
+            f"`{asked.argument}` must name a Zarr group, got {asked.name}: {redacted(error)}"
+        ) from None
 
 
-def _open_hdf5(path: str) -> xr.Dataset:
+def _open_hdf5(path: str, asked: _Asked) -> xr.Dataset:
     if not h5py.is_hdf5(path):
         raise ValueError(
-            f"`ds` must be a Zarr store or an HDF5/netCDF4 file, got {path!r}, which is neither; "
+            f"`{asked.argument}` must be a Zarr store or an HDF5/netCDF4 file, got {asked.name}, "
+            "which is neither; "
             "open it with xarray and pass the dataset"
         )
-    with reported_file(repr(path)):
+    with reported_file(repr(path), asked.argument):
         return xr.open_dataset(
             path,
             engine="h5netcdf",

@@ -118,8 +118,8 @@ def comes_late(transport: str) -> bool:
 
 
 @contextmanager
-def reported(store: str) -> Iterator[None]:
-    """Failures of a transport as this package's errors.
+def reported(store: str, argument: str = "ds") -> Iterator[None]:
+    """Failures of a transport as this package's errors; `argument` is the caller's, of the store.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def reported(store: str) -> Iterator[None]:
     except (StoreNotFoundError, StoreDeniedError):
         raise
     except transport_errors() as error:
-        raise _refusal_of(error, store) from None
+        raise _refusal_of(error, store, argument) from None
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def reported_reading(transport: str, place: str) -> Iterator[None]:
             raise StoreDamagedError(reason_of(error)) from None
         if type(error).__module__ != "builtins" or comes_late(transport):
             raise _refusal_of(error, place) from None
-        refusal = _refusal_of_file(error, place)
+        refusal = _refusal_of_file(error, place, "ds")
         if refusal is None:
             raise
         if isinstance(refusal, StoreDamagedError):
@@ -176,7 +176,7 @@ def at_chunk(index: int) -> Iterator[None]:
 
 
 @contextmanager
-def reported_file(path: str) -> Iterator[None]:
+def reported_file(path: str, argument: str) -> Iterator[None]:
     """Why an HDF5 file cannot be opened.
 
     Raises
@@ -186,7 +186,7 @@ def reported_file(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        refusal = _refusal_of_file(error, path)
+        refusal = _refusal_of_file(error, path, argument)
         if refusal is None:
             raise
         raise refusal from None
@@ -223,7 +223,7 @@ def _is_denied(error: Exception) -> bool:
     return _DENIED.search(f"{type(error).__name__} {reason_of(error)}") is not None
 
 
-def _refusal_of_file(error: Exception, place: str) -> OSError | None:
+def _refusal_of_file(error: Exception, place: str, argument: str) -> OSError | None:
     """What to tell of an HDF5 file; None of what the system says by its numbers.
 
     h5py's own errors have none, but for the one of a lock.
@@ -232,28 +232,28 @@ def _refusal_of_file(error: Exception, place: str) -> OSError | None:
     said = reason_of(error)
     if isinstance(error, BlockingIOError) or re.search("unable to lock|already open for", said):
         return StoreLockedError(
-            f"`ds` must not be written to while it is fitted, and {place} is ({said}); wait until "
-            "the writer has closed it"
+            f"`{argument}` must not be written to while it is fitted, and {place} is ({said}); "
+            "wait until the writer has closed it"
         )
     if error.errno is not None:
         return None
     return StoreDamagedError(
-        f"`ds` must be whole, and {place} cannot be decoded ({said}); write it again"
+        f"`{argument}` must be whole, and {place} cannot be decoded ({said}); write it again"
     )
 
 
-def _refusal_of(error: Exception, store: str) -> OSError:
+def _refusal_of(error: Exception, store: str, argument: str = "ds") -> OSError:
     """What to tell of a store that could not be read."""
     reason = reason_of(error)
     if isinstance(error, FileNotFoundError):
         return StoreNotFoundError(
-            f"`ds` must name a store that exists, and nothing was found at {store} ({reason}); "
-            "see that bucket, path and endpoint are as meant"
+            f"`{argument}` must name a store that exists, and nothing was found at {store} "
+            f"({reason}); see that bucket, path and endpoint are as meant"
         )
     if isinstance(error, PermissionError) or _is_denied(error):
         return StoreDeniedError(
-            f"`ds` must be readable, and {store} was denied ({reason}); give credentials by "
-            '`storage_options`, {"anon": True} for public data on S3 and Azure, '
+            f"`{argument}` must be readable, and {store} was denied ({reason}); give credentials "
+            'by `storage_options`, {"anon": True} for public data on S3 and Azure, '
             '{"token": "anon"} on Google Cloud'
         )
     remedy = "see that endpoint and region are as meant, and that the service is up"
@@ -263,5 +263,6 @@ def _refusal_of(error: Exception, store: str) -> OSError:
             'let fsspec read the links of an index page: `storage_options={"simple_links": True}`'
         )
     return StoreUnreachableError(
-        f"`ds` must be reachable, and {store} was not ({type(error).__name__}: {reason}); {remedy}"
+        f"`{argument}` must be reachable, and {store} was not ({type(error).__name__}: {reason}); "
+        f"{remedy}"
     )
