@@ -30,7 +30,7 @@ from oracles import FAMILIES, LONG, Family, inverse, robust_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=3, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 # -- kernels: the sums of a chunk
