@@ -1,12 +1,12 @@
 """Mutation testing: does a test fail when an operator or a number of the package is changed?
 
-    pip install cosmic-ray && python tests/mutate.py results.covariance kernels.build --sample 100
+    pip install cosmic-ray && python tests/mutate.py results.covariance --sample 100
 
-Mutants are Cosmic Ray's, of the operators that `mutants.toml` lists, each run on the tests that it
-lists for the module. Cosmic Ray's own runner starts Python anew for each mutant; here each runs
-in a fork of a process that has imported all but the package and started no thread of JAX's. The
-mutant is compiled in memory: no file is touched. Survivors that `mutants.md` explains are told
-apart from those that it does not; the latter are the exit status.
+Mutants are Cosmic Ray's, of the operators that `mutants.toml` lists, each tried by the tests that
+it lists for the module. Cosmic Ray's own runner starts Python anew for each mutant; here pytest
+collects once, and each mutant is a fork of that process in which the functions of the module are
+given the mutant's code. No file is touched. Survivors that `mutants.md` explains are told apart
+from those that it does not: the exit status says whether there are any.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib.machinery
-import importlib.util
+import enum
+import itertools
 import json
 import os
 import random
@@ -25,14 +25,21 @@ import tempfile
 import time
 import tomllib
 import traceback
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 CONFIG = tomllib.loads((TESTS / "mutants.toml").read_text())
 EXPLAINED = TESTS / "mutants.md"
+UNFIT = 70  # the exit status of a fork that did not come to its tests
+NUMBERS = (bool, int, float, tuple)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Mutant:
     @property
     def name(self) -> str:
         """How `mutants.md` knows it."""
-        return f"| `{self.module}` | `{self.before}` | `{self.after}` |".replace("||", "")
+        cells = (self.module, self.before, self.after)
+        return "".join(f"| `{cell}` ".replace("|", r"\|")[1:] + "|" for cell in cells)
 
 
 def path_of(module: str) -> Path:
@@ -57,7 +65,7 @@ def path_of(module: str) -> Path:
 
 
 def meaning(source: str) -> str | None:
-    """The code without annotations and docstrings, which nothing executes; None if it is none."""
+    """The code without annotations and the flags of dataclasses; None if it is no code."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -67,6 +75,8 @@ def meaning(source: str) -> str | None:
             node.returns = None
             for argument in (*node.args.args, *node.args.kwonlyargs):
                 argument.annotation = None
+        elif isinstance(node, ast.ClassDef):
+            node.decorator_list = []
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
     return ast.dump(tree)
@@ -103,31 +113,48 @@ def mutants_of(module: str) -> Iterator[Mutant]:
             )
 
 
-class MutantLoader(importlib.machinery.SourceFileLoader):
-    """Executes a mutant in the place of the module."""
+def adopt(old: Any, new: Any) -> None:
+    """Give a function, a property or a class the code of its mutant, wherever it is known."""
+    if isinstance(old, property):
+        adopt(old.fget, new.fget)
+    elif isinstance(old, types.FunctionType):
+        if hasattr(old, "__wrapped__"):
+            adopt(old.__wrapped__, new.__wrapped__)
+        elif old.__code__ != new.__code__:
+            old.__code__ = new.__code__
+        old.__defaults__, old.__kwdefaults__ = new.__defaults__, new.__kwdefaults__
+    elif isinstance(old, type):
+        for name, part in vars(new).items():
+            if isinstance(part, NUMBERS) and not issubclass(old, enum.Enum):
+                setattr(old, name, part)
+            elif not name.startswith("__") or name == "__init__":
+                adopt(vars(old).get(name), part)
 
-    def __init__(self, mutant: Mutant) -> None:
-        super().__init__(f"nlsq_dask.{mutant.module}", str(path_of(mutant.module)))
-        self._mutant = mutant
 
-    def get_code(self, fullname):
-        return compile(self._mutant.source, self.path, "exec", dont_inherit=True)
+def become(mutant: Mutant) -> None:
+    """Change the module, and the numbers that other modules have imported from it."""
+    name = f"nlsq_dask.{mutant.module}"
+    module = sys.modules[name]
+    changed = types.ModuleType(name)
+    try:
+        exec(compile(mutant.source, module.__file__, "exec", dont_inherit=True), vars(changed))
+    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError):
+        # A module that cannot be imported fails every test.
+        os._exit(1)
+    for key, new in list(vars(changed).items()):
+        old = vars(module).get(key)
+        if isinstance(new, NUMBERS) and new != old:
+            for other in list(sys.modules.values()):
+                if vars(other).get(key) is old and other.__name__.startswith(
+                    ("nlsq_dask", "test_")
+                ):
+                    setattr(other, key, new)
+        elif getattr(new, "__module__", None) == name:
+            adopt(old, new)
 
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != self.name:
-            return None
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
 
-
-def preload() -> None:
-    """Everything that tests import, except for the package."""
-    for name in ("jax.numpy", "scipy.optimize", "scipy.stats", "xarray", "dask.array"):
-        importlib.import_module(name)
-    for name in ("distributed", "zarr", "h5py", "pytest", "cftime"):
-        importlib.import_module(name)
-    import hypothesis
-
-    # A failing example need not be small, nor kept.
+def register_profile() -> None:
+    """A failing example need not be small, nor kept."""
     hypothesis.settings.register_profile(
         "mutants",
         deadline=None,
@@ -135,37 +162,29 @@ def preload() -> None:
         derandomize=True,
         phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
     )
-    assert "nlsq_dask" not in sys.modules
 
 
-def run_tests(mutant: Mutant | None, tests: list[str]) -> int:
-    """In a fork: pytest's exit status."""
-    import pytest
-
-    if mutant is not None:
-        sys.meta_path.insert(0, MutantLoader(mutant))
-    if "NLSQ_DASK_MUTANTS_SHOW" not in os.environ:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-    quick = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
-    quick += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are imported already
-    return int(pytest.main([*quick, *tests]))
-
-
-def fork(mutant: Mutant | None, tests: list[str]) -> int:
+def fork(mutant: Mutant | None, session: pytest.Session) -> int:
+    """A process that tries one mutant; its exit status is 0 if no test failed."""
     pid = os.fork()
     if pid:
         return pid
     os.setpgid(0, 0)
-    status = 70
+    status = UNFIT
     try:
-        status = run_tests(mutant, tests)
+        plugins = session.config.pluginmanager
+        plugins.unregister(plugins.get_plugin("terminalreporter"))
+        if mutant is not None:
+            become(mutant)
+        for item, after in itertools.zip_longest(session.items, session.items[1:]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if session.testsfailed:
+                break
+        status = int(session.testsfailed > 0)
     finally:
         if sys.exc_info()[0] is not None:
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 
@@ -181,24 +200,45 @@ def wait_for(pids: dict[int, tuple[Mutant, float]], limit: float) -> Iterator[tu
                 os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         del pids[pid]
-        survived = bool(ended) and os.waitstatus_to_exitcode(status) == 0
-        yield mutant, "survived" if survived else "late" if not ended else "killed"
+        code = os.waitstatus_to_exitcode(status) if ended else 1
+        if code == UNFIT:
+            raise RuntimeError(f"no process can become this mutant: {mutant.name}")
+        yield mutant, "survived" if code == 0 else "killed" if ended else "late"
 
 
-def run(mutants: list[Mutant], tests: list[str], jobs: int) -> Iterator[tuple[Mutant, str]]:
+@dataclass
+class Trials:
+    """A plugin of pytest's that tries mutants on the tests that were collected."""
+
+    mutants: list[Mutant]
+    jobs: int
+    after: Callable[[Mutant, str], None]
+    fails_without: bool = False
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        start = time.monotonic()
+        _, status = os.waitpid(fork(None, session), 0)
+        self.fails_without = status != 0 or not session.items
+        limit = 60 + 10 * (time.monotonic() - start)
+        waiting, running = list(reversed(self.mutants)), dict[int, tuple[Mutant, float]]()
+        while (waiting or running) and not self.fails_without:
+            while waiting and len(running) < self.jobs:
+                mutant = waiting.pop()
+                running[fork(mutant, session)] = mutant, time.monotonic()
+            for mutant, outcome in wait_for(running, limit):
+                self.after(mutant, outcome)
+            time.sleep(0.01)
+        return True
+
+
+def run(mutants: list[Mutant], tests: list[str], jobs: int, after: Callable[..., None]) -> None:
     """Each mutant with what became of it: killed, survived, or late, which is killed as well."""
-    start = time.monotonic()
-    _, status = os.waitpid(fork(None, tests), 0)
-    if status:
+    trials = Trials(mutants, jobs, after)
+    quick = ["-q", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+    quick += ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--no-summary"]
+    pytest.main([*quick, *tests], plugins=[trials])
+    if trials.fails_without:
         raise SystemExit(f"the tests fail without a mutant: pytest -n 0 {' '.join(tests)}")
-    limit = 30 + 6 * (time.monotonic() - start)
-    waiting, running = list(reversed(mutants)), dict[int, tuple[Mutant, float]]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[fork(mutant, tests)] = mutant, time.monotonic()
-        yield from wait_for(running, limit)
-        time.sleep(0.02)
 
 
 def main() -> None:
@@ -219,7 +259,7 @@ def main() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = folder
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
-        preload()
+        register_profile()
         for module in options.modules or CONFIG["tests"]:
             every = list(mutants_of(module))
             chosen = every
@@ -242,7 +282,8 @@ def report(
     """Run a module's mutants, and say what became of them. Returns survivors without a word."""
     tally = {"killed": 0, "late": 0, "survived": 0}
     left, start = [], time.monotonic()
-    for mutant, outcome in run(chosen, CONFIG["tests"][module], options.jobs) if chosen else ():
+
+    def after(mutant: Mutant, outcome: str) -> None:
         tally[outcome] += 1
         if outcome == "survived" and mutant.name not in explained:
             left.append(mutant)
@@ -251,6 +292,9 @@ def report(
             row |= {"before": mutant.before, "after": mutant.after, "outcome": outcome}
             with options.log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
+
+    if chosen:
+        run(chosen, CONFIG["tests"][module], options.jobs, after)
     sys.stdout.write(
         f"{module}: {len(chosen)} of {total} mutants tried, {tally['killed'] + tally['late']} "
         f"killed, {tally['survived'] - len(left)} explained, {len(left)} neither "

@@ -90,8 +90,26 @@ def test_the_rank_is_judged_at_its_tolerance(gap):
 
 def test_variances_beyond_all_numbers_are_infinite_without_a_warning():
     space = make_space(1)
-    covariance = estimate_covariance(np.array([[1e-200]]), 1.0, space, np.ones(1))
+    covariance = estimate_covariance(np.array([[1e-158]]), 1.0, space, np.ones(1))
     assert covariance.matrix[0, 0] == np.inf
+
+
+def test_a_variance_beyond_all_numbers_leaves_the_others_alone():
+    """On a plateau: the square of the derivative by b is no normal number."""
+    covariance = estimate_covariance(np.diag([2.0, 1e-158]), 1.0, make_space(2), np.ones(2))
+    assert covariance.matrix[0, 0] == 0.25
+    assert covariance.matrix[1, 1] == np.inf
+    assert np.isnan(covariance.matrix[0, 1])
+    assert covariance.rank == 2
+
+
+def test_a_sandwich_that_overflows_leaves_the_others_alone():
+    robust = np.array([[2.0, np.inf, 0.5], [np.inf, np.inf, -np.inf], [0.5, -np.inf, 1.0]])
+    covariance = estimate_covariance(np.eye(3), 1.0, make_space(3), np.ones(3), robust)
+    np.testing.assert_array_equal(
+        covariance.matrix[np.ix_([0, 2], [0, 2])], robust[np.ix_([0, 2], [0, 2])]
+    )
+    assert covariance.matrix[1, 1] == np.inf
 
 
 def test_a_sandwich_takes_the_place_of_the_classical_one():
@@ -160,6 +178,13 @@ def test_a_bread_that_is_not_of_a_minimum_is_replaced(smallest, clamped):
     half = np.linalg.inv(whitening) @ np.linalg.inv(gram if clamped else bread)
     assert is_clamped is clamped
     np.testing.assert_allclose(actual, half @ meat @ half.T, rtol=1e-9)
+
+
+def test_a_bread_of_nothing_is_replaced():
+    scores = ScoreSums(meat=np.eye(2), bread=np.zeros((2, 2)), clusters=None)
+    actual, is_clamped = sandwich(scores, np.eye(2), np.zeros((2, 2)), 2.0 * np.eye(2), 1.0)
+    assert is_clamped
+    np.testing.assert_allclose(actual, 0.25 * np.eye(2))
 
 
 @pytest.mark.parametrize(
