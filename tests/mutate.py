@@ -57,7 +57,7 @@ class Mutant:
     def name(self) -> str:
         """How `mutants.md` knows it."""
         cells = (self.module, self.before, self.after)
-        return "".join(f"| `{cell}` ".replace("|", r"\|")[1:] + "|" for cell in cells)
+        return "| " + " | ".join(f"`{cell}`".replace("|", r"\|") for cell in cells) + " |"
 
 
 def path_of(module: str) -> Path:
@@ -301,7 +301,7 @@ def report(
         f"({time.monotonic() - start:.0f} s)\n"
     )
     for mutant in left:
-        sys.stdout.write(f"  {mutant.line}: {mutant.before}  ->  {mutant.after}\n")
+        sys.stdout.write(f"{mutant.name} line {mutant.line}\n")
     sys.stdout.flush()
     return len(left)
 

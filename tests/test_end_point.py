@@ -54,8 +54,9 @@ def make_search(index, side, rise, bounds=None, minimum=FIT.x):
 
 
 def search_end(search, evaluate=evaluate):
-    start = evaluate(search.minimum, np.eye(2))
-    whitening = next_whitening(build_quadratic(start.normal, np.eye(2)).factor)
+    identity = np.eye(len(search.minimum))
+    start = evaluate(search.minimum, identity)
+    whitening = next_whitening(build_quadratic(start.normal, identity).factor)
     start = evaluate(search.minimum, whitening)
     traces = [search.init(build_quadratic(start.normal, whitening))]
     while traces[-1].status is EndStatus.RUNNING:
@@ -116,6 +117,7 @@ def test_the_other_parameter_stays_within_its_bounds(side):
     assert last.status is EndStatus.FOUND
     assert abs(last.end - oracle(1, side, rise, limits)) < 2e-3 * ERRORS[1]
     assert all(limits[0] <= trace.trial[0] <= limits[1] for trace in traces)
+    assert last.num_trials <= 6
     free = oracle(1, side, rise)
     assert side * (free - last.end) > 0.05 * ERRORS[1]
 
@@ -151,9 +153,17 @@ def flat_jacobian(p):
     return np.array([[0.05 / np.cosh(p[0]) ** 2, 0.0], [0.0, 0.0], [0.0, 1.0]])
 
 
-@pytest.mark.parametrize(("far", "status"), [(INF, EndStatus.NONE), (0.5, EndStatus.AT_BOUND)])
+@pytest.mark.parametrize(
+    ("far", "status"),
+    [
+        (INF, EndStatus.NONE),
+        (2.001, EndStatus.NONE),
+        (1.999, EndStatus.AT_BOUND),
+        (0.5, EndStatus.AT_BOUND),
+    ],
+)
 def test_a_profile_that_never_rises_has_no_end(far, status):
-    """The cost rises by 0.00125 at most."""
+    """The cost rises by 0.00125 at most; a bound within 100 standard errors is an end."""
     search = EndPointSearch(
         index=0,
         side=1,
@@ -170,7 +180,7 @@ def test_a_profile_that_never_rises_has_no_end(far, status):
 
     last = search_end(search, flat_there)[-1]
     assert last.status is status
-    assert last.end == far
+    assert last.end == (far if status is EndStatus.AT_BOUND else INF)
     lower = search_end(replace(search, side=-1), flat_there)[-1]
     assert lower.status is EndStatus.NONE
     assert lower.end == -INF
@@ -208,7 +218,10 @@ def test_a_cost_far_above_what_the_model_said_halves_the_step(share, halved):
     after = search.update(trace, with_cost(there, search.threshold + share * search.rise))
     middle = 0.5 * (trace.params + trace.trial)
     assert (after.params is trace.params) is halved
-    if halved:
+    if not halved:  # the model's profile is above the threshold everywhere
+        middle = 0.5 * (FIT.x + trace.trial)
+        np.testing.assert_allclose(after.trial, middle, rtol=1e-14)
+    else:
         np.testing.assert_allclose(after.trial, middle, rtol=1e-14)
         assert np.isinf(after.moved)
     assert after.status is EndStatus.RUNNING
@@ -249,3 +262,120 @@ def test_a_step_is_at_most_as_long_as_the_way_behind_it():
     )
     after = search.update(trace, flat_there)
     assert after.trial[0] - FIT.x[0] == pytest.approx(2 * way, rel=1e-6)
+
+
+def offset_residual(p):
+    return p[0] * np.exp(-p[1] * X) + p[2] - Y
+
+
+def offset_jacobian(p):
+    e = np.exp(-p[1] * X)
+    return np.stack([e, -p[0] * X * e, np.ones_like(X)], axis=-1)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_beside_one_at_its_bound_the_rest_goes_on_to_its_minimum(side):
+    fit = scipy.optimize.least_squares(
+        offset_residual, [2.0, 0.8, 0.0], jac=offset_jacobian, xtol=1e-15, ftol=1e-15, gtol=1e-15
+    )
+    s2 = 2 * fit.cost / 22
+    errors = np.sqrt(s2 * np.diag(np.linalg.inv(fit.jac.T @ fit.jac)))
+    rise = 2.0 * s2
+    lower, upper = np.full(3, -INF), np.full(3, INF)
+    lower[2], upper[2] = fit.x[2] - 0.2 * errors[2], fit.x[2] + 0.2 * errors[2]
+
+    def excess(way):
+        value = fit.x[1] + side * way * errors[1]
+        held = scipy.optimize.least_squares(
+            lambda free: offset_residual(np.array([free[0], value, free[1]])),
+            fit.x[[0, 2]],
+            bounds=(lower[[0, 2]], upper[[0, 2]]),
+            xtol=1e-15,
+            ftol=1e-15,
+            gtol=1e-15,
+        )
+        return held.cost - fit.cost - rise
+
+    expected = fit.x[1] + side * errors[1] * scipy.optimize.brentq(excess, 0.05, 5.0, xtol=1e-7)
+    search = EndPointSearch(
+        index=1,
+        side=side,
+        minimum=fit.x,
+        threshold=fit.cost + rise,
+        rise=rise,
+        standard_error=float(errors[1]),
+        scale=float(np.sqrt(s2)),
+        bounds=(lower, upper),
+    )
+
+    def there(params, whitening):
+        return evaluate(params, whitening, offset_residual, offset_jacobian)
+
+    traces = search_end(search, there)
+    assert traces[-1].status is EndStatus.FOUND
+    assert abs(traces[-1].end - expected) < 2e-3 * errors[1]
+    assert traces[-1].num_trials <= 6
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_bounds_of_both_may_come_before_the_end(side):
+    rise = 4.0 * S**2
+    bound = FIT.x[1] + side * 0.5 * ERRORS[1]
+    lower = np.array([FIT.x[0] - 0.1 * ERRORS[0], bound if side < 0 else -INF])
+    upper = np.array([FIT.x[0] + 0.1 * ERRORS[0], bound if side > 0 else INF])
+    last = search_end(make_search(1, side, rise, (lower, upper)))[-1]
+    assert last.status is EndStatus.AT_BOUND
+    assert last.end == bound
+
+
+def parabola(params, whitening):
+    """Standard errors of 1, and a threshold that is reached at 2."""
+    jac = np.vstack([np.eye(2), np.zeros((1, 2))])
+    return evaluate(params, whitening, lambda p: jac @ p + [0.0, 0.0, 3.0], lambda p: jac)
+
+
+PARABOLA = EndPointSearch(
+    index=0,
+    side=1,
+    minimum=np.zeros(2),
+    threshold=4.5 + 2.0,
+    rise=2.0,
+    standard_error=1.0,
+    scale=1.0,
+    bounds=(np.full(2, -INF), np.full(2, INF)),
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "way_before", "aside", "found"),
+    [
+        (0.9e-3, INF, 0.0, True),
+        (1.1e-3, INF, 0.0, False),
+        (0.9e-3, 2e-3, 0.0, True),
+        (0.9e-3, 1e-3, 0.0, False),  # 9 times as much is to come
+        (0.4e-3, 0.5e-3, 0.0, False),  # 4 times
+        (0.2e-3, 0.25e-3, 0.0, True),
+        (0.9e-3, 0.8e-3, 0.0, False),  # steps that grow
+        (0.9e-3, 0.0, 0.0, True),
+        (0.1e-3, INF, 0.04, True),
+        (0.1e-3, INF, 0.06, False),  # the other parameter has not settled
+    ],
+)
+def test_a_search_ends_once_little_is_to_come(way, way_before, aside, found):
+    start = parabola(np.zeros(2), np.eye(2))
+    trace = PARABOLA.init(build_quadratic(start.normal, np.eye(2)))
+    np.testing.assert_allclose(trace.trial, [2.0, 0.0], atol=1e-12)
+    trace = replace(trace, trial=np.array([2.0 - way, aside]), moved=way_before)
+    after = PARABOLA.update(trace, parabola(trace.trial, np.eye(2)))
+    np.testing.assert_allclose(after.end if found else after.trial[0], 2.0, rtol=1e-9)
+    assert (after.status is EndStatus.FOUND) is found
+    if not found:
+        assert after.moved == pytest.approx(way, rel=1e-6)
+
+
+def test_a_direction_that_nothing_depends_on_is_left_alone():
+    """At one point of the way; the fit itself had all of them determined."""
+    jac = np.diag([1.0, 0.0])
+    there = evaluate(np.zeros(2), np.eye(2), lambda p: jac @ p + [0.0, 3.0], lambda p: jac)
+    trace = PARABOLA.init(build_quadratic(there.normal, np.eye(2)))
+    np.testing.assert_allclose(trace.trial, [2.0, 0.0], atol=1e-12)
