@@ -197,6 +197,10 @@ def test_each_question_is_a_pass_and_each_trial_falls_as_it_is_told():
             state.question[0], state.params if state.is_multiplying else state.trial
         )
         assert (state.question[1] is None) is (not state.is_multiplying)
+        length = state.distance * state.residual_scale
+        cosine = length / np.linalg.norm(rosenbrock(state.params))
+        assert state.tangent_cosine == pytest.approx(cosine)
+        assert state.newton_reduction == pytest.approx(0.5 * length**2)
         if not before.is_multiplying and before.status is Status.RUNNING:
             assert state.num_trials == before.num_trials + 1
             if state.was_accepted:
@@ -205,6 +209,10 @@ def test_each_question_is_a_pass_and_each_trial_falls_as_it_is_told():
                     fall = before.cost - state.cost
                     assert state.gain == pytest.approx(fall / before.step.reduction, rel=1e-9)
                     assert state.gain > 1e-4
+                if before.step.is_newton:
+                    assert state.contraction == state.distance / before.distance
+                else:
+                    assert state.contraction == before.contraction
             else:
                 assert state.radius == pytest.approx(0.25 * before.step.scaled_norm)
         else:
@@ -231,6 +239,10 @@ def test_the_first_step_is_as_long_as_the_radius_allows(initial_radius):
         state = solver.update(state, rows.answer(*state.question))
     assert state.step.scaled_norm <= state.radius * (1 + 1e-12)
     at_zero = solver.init(rows.slope(np.zeros(4)))
+    assert at_zero.num_trials == at_zero.num_accepted == 0
+    assert at_zero.step.scaled_norm == at_zero.step.reduction == 0.0
+    assert at_zero.was_accepted
+    assert at_zero.was_finite
     assert at_zero.radius == initial_radius
 
 
@@ -300,6 +312,7 @@ def test_an_exact_fit_has_no_scale_and_ends():
     there = make_solver(2).init(rows.slope(np.array([1.0, 2.0])))
     assert there.distance == 0.0
     assert there.tangent_cosine == 0.0
+    assert there.optimality == 0.0
     assert there.status is Status.CONVERGED
 
 
@@ -342,3 +355,65 @@ def test_near_the_end_the_solve_goes_on_to_it():
             assert state.conjugate.length > (factor * end if factor else goal)
             state = solver.update(state, rows.answer(*state.question))
         assert state.conjugate.length <= (factor * end if factor else goal)
+
+
+def test_the_first_radius_is_that_of_the_start_unless_told_otherwise():
+    solver = make_solver(2)
+    plain = TruncatedNewton(
+        bounds=solver.bounds,
+        tolerances=solver.tolerances,
+        max_products=9,
+        relative_tolerance=1e-4,
+        absolute_tolerance=1e-10,
+    )
+    start = np.array([-1.0, 1.0])
+    length = np.linalg.norm(np.linalg.norm(rosenbrock_jacobian(start), axis=0) * start)
+    assert plain.init(BENT.slope(start)).radius == pytest.approx(length)
+
+
+def test_as_many_rows_as_parameters_have_no_standard_error():
+    rows = Rows(lambda p: np.diag([2.0, 3.0]) @ p - 1.0, lambda p: np.diag([2.0, 3.0]))
+    state = make_solver(2).init(rows.slope(np.zeros(2)))
+    assert state.residual_scale == 0.0
+    assert state.distance == INF
+    assert state.newton_reduction == INF
+
+
+def test_where_bounds_hold_every_parameter_nothing_is_left_to_gain():
+    rows = Rows(lambda p: np.array([p[0] - 3.0, 1.0, p[0]]), lambda p: np.array([[1.0], [0], [1]]))
+    state = rows.solve([0.5], ([0.0], [1.0]))
+    assert state.active.tolist() == [True]
+    assert state.optimality == 0.0
+    assert state.status.is_success
+
+
+def course(units, size):
+    """All states of a solve of Rosenbrock's problem, told in other units."""
+    told = Rows(
+        lambda q: size * rosenbrock(q / units),
+        lambda q: size * rosenbrock_jacobian(q / units) / units,
+    )
+    states = []
+
+    def after(state):
+        states.append(state)
+        return state
+
+    told.solve(np.array([-1.0, 1.0]) * units, after=after)
+    return states
+
+
+@pytest.mark.parametrize(("units", "size"), [([2.0**20, 2.0**-30], 1.0), ([0.5, 8.0], 2.0**-20)])
+def test_a_solve_in_other_units_is_the_same_to_the_bit(units, size):
+    """Powers of two round nothing, and no rule may have a unit of its own."""
+    plain, scaled = course(np.ones(2), 1.0), course(np.array(units), size)
+    assert plain[-1].status is scaled[-1].status
+    assert plain[-1].status.is_success
+    for one, other in zip(plain, scaled, strict=True):
+        np.testing.assert_array_equal(other.params, one.params * units)
+        np.testing.assert_array_equal(other.trial, one.trial * units)
+        np.testing.assert_array_equal(other.cosines, one.cosines)
+        assert other.cost == one.cost * size**2
+        assert other.distance == one.distance
+        assert other.tangent_cosine == one.tangent_cosine
+        assert other.optimality == one.optimality
