@@ -265,11 +265,11 @@ def main() -> None:
             chosen = every
             if again is not None:
                 left = {
-                    (row["module"], row["before"], row["after"], row["line"])
+                    (row["module"], row["before"], row["after"])
                     for row in again
                     if row["outcome"] == "survived"
                 }
-                chosen = [m for m in every if (m.module, m.before, m.after, m.line) in left]
+                chosen = [m for m in every if (m.module, m.before, m.after) in left]
             if options.sample is not None and options.sample < len(chosen):
                 chosen = random.Random(f"{options.seed} {module}").sample(chosen, options.sample)
             unexplained += report(module, chosen, len(every), explained, options)
