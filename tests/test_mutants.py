@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("mutate.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["results.covariance", "solvers.acceptance", "solvers.lbfgs"])
+@pytest.mark.parametrize("module", ["results.covariance"])
 def test_mutants_are_killed_or_explained(module, record_property):
     if importlib.util.find_spec("cosmic_ray") is None:
         pytest.skip("cosmic-ray is not installed")
