@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 for what, count in report.user_properties:
                     tally[what] += count
     if tally:
-        terminalreporter.section("faults, bad input and hostile files")
+        terminalreporter.section("faults, bad input, hostile files and mutants")
         for what, count in tally.items():
             terminalreporter.write_line(f"{count:>9,}  {what}")
 

@@ -75,6 +75,8 @@ def estimate_covariance(
     spectrum = spectrum_of(factor, scale)
     free = robust if robust is not None else _classical(spectrum, scale, variance)
     undetermined = np.any(np.abs(spectrum.right[~spectrum.is_identified]) > _IN_NULL_SPACE, axis=0)
+    # A variance beyond all numbers would make those beside it NaN in products with zeros.
+    undetermined |= ~np.isfinite(np.diag(free))
     matrix = _over_all(space, params, free, undetermined)
     if not np.isfinite(variance):
         varies = space.is_free | space.is_tied
