@@ -218,7 +218,7 @@ def make_fit(what: str) -> tuple[xr.Dataset, Any, dict[str, Any], dict[str, Any]
         "sandwich",
         pytest.param("mixed precision", marks=pytest.mark.slow),
         pytest.param("priors, ties, groups", marks=pytest.mark.slow),
-        "multistart",
+        pytest.param("multistart", marks=pytest.mark.slow),
     ],
 )
 def test_same_bits_from_any_pass(what, tmp_path):
@@ -269,7 +269,9 @@ def test_same_bits_where_another_optimum_wins_the_first_pass(tmp_path, monkeypat
         assert_same_bits(fit(resume_from_checkpoint=path), whole)
 
 
-@pytest.mark.parametrize("bounds", [None, {"c": (-0.1, 0.1)}])
+@pytest.mark.parametrize(
+    "bounds", [pytest.param(None, marks=pytest.mark.slow), {"c": (-0.1, 0.1)}]
+)
 def test_same_bits_with_many_parameters(bounds, tmp_path):
     """At trials and amid conjugate gradients."""
     rng = np.random.default_rng(0)
