@@ -269,9 +269,7 @@ def test_same_bits_where_another_optimum_wins_the_first_pass(tmp_path, monkeypat
         assert_same_bits(fit(resume_from_checkpoint=path), whole)
 
 
-@pytest.mark.parametrize(
-    "bounds", [pytest.param(None, marks=pytest.mark.slow), {"c": (-0.1, 0.1)}]
-)
+@pytest.mark.parametrize("bounds", [pytest.param(None, marks=pytest.mark.slow), {"c": (-0.1, 0.1)}])
 def test_same_bits_with_many_parameters(bounds, tmp_path):
     """At trials and amid conjugate gradients."""
     rng = np.random.default_rng(0)
