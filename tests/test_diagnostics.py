@@ -113,3 +113,12 @@ def test_cosines_are_those_of_residuals_and_columns():
     actual = result.diagnostics["checks"]["gradient_cosines"]
     np.testing.assert_allclose(list(actual.values()), expected, atol=1e-9)
     assert abs(actual["rate"]) > 1e-3
+
+
+def test_a_start_where_the_model_is_not_finite_is_noted():
+    t = np.linspace(1.0, 3.0, 200)
+    ds = xr.Dataset({"y": ("t", np.log(2.0) * t)}, coords={"t": t})
+    result = fit_dataset(ds, lambda t, a: jnp.log(a) * t, p0={"a": -0.5})
+    assert result.success
+    np.testing.assert_allclose(result.popt, [2.0])
+    assert "Note: the model is not finite at `p0`" in result.summary()

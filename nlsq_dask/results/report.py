@@ -210,6 +210,8 @@ def _checks(
         is_linear_loss=course.problem.loss == "linear",
         is_clustered=course.problem.covariance == "clustered",
     )
+    if not np.isfinite(course.start_cost):
+        texts.insert(0, "the model is not finite at `p0`, and was fitted from points around it")
     if covariance.matrix is None:
         texts.append(
             f"with {space.num_free:,} free parameters no covariance is formed, so that standard "
