@@ -20,7 +20,10 @@ KEY, SECRET = "AKIAEXAMPLE0000000", "xyzzy-plugh-0123456789-frobozz"
 
 @contextmanager
 def serve_s3() -> Iterator[str]:
-    """The URL of an S3 endpoint, which signs for anyone and denies the anonymous."""
+    """The URL of an S3 endpoint, which signs for anyone and denies the anonymous.
+
+    All endpoints of a process share their buckets, those that have stopped too.
+    """
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -42,7 +42,7 @@ def fuzz(loader, seconds, record_property, *options):
 
 @pytest.mark.parametrize("loader", hostile.LOADERS)
 def test_mutations(loader, record_property):
-    fuzz(loader, 4, record_property)
+    fuzz(loader, 2, record_property)
 
 
 @pytest.mark.slow

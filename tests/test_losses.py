@@ -77,7 +77,7 @@ def test_robust_fits_are_scipys(loss, f_scale):
     assert result.cost == pytest.approx(expected.cost, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["huber", "cauchy"])
+@pytest.mark.parametrize("loss", [pytest.param("huber", marks=pytest.mark.slow), "cauchy"])
 def test_robust_fits_over_many_chunks_take_few_passes(loss):
     """Where the sample is a small part of the rows, so that the passes do the work."""
     t, y = make_outliers(400_000)
@@ -384,6 +384,7 @@ def test_cluster_and_process_agree_to_the_bit(client):
         assert chunks[0].tobytes() == chunks[1].tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(
     loss=st.sampled_from(ROBUST),

@@ -197,6 +197,7 @@ def test_what_needs_a_covariance_says_that_there_is_none():
             ask()
 
 
+@pytest.mark.slow
 def test_the_sample_takes_fewer_passes_than_the_diagonal():
     """Cubic B-splines: what neighbours share is more than a diagonal can say."""
     rng = np.random.default_rng(2)
@@ -239,7 +240,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("robust", "tied") else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_small_problems_come_out_as_with_normal_equations(case):
     given_here = {"p0": problems.P0, **CASES[case]}
     y, options = given_here.pop("y", Y), {"max_warmup_iterations": 0}
@@ -459,6 +466,7 @@ assert fits[True].num_rows == 1000 * 97
 """
 
 
+@pytest.mark.slow
 def test_two_devices_of_a_process_share_each_leaf():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

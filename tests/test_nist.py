@@ -41,7 +41,7 @@ NINE = [
 EDGE = ["Misra1b"]  # converges to where rounding of the residuals decides between steps
 
 
-@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("start", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [

@@ -481,6 +481,7 @@ def test_a_password_in_the_url_is_sent_as_a_header(options, folder):
             open_store(f"{url}/a.zarr", options)
 
 
+@pytest.mark.slow
 def test_http_cannot_list(folder):
     with serve_files(folder) as (url, _):
         with pytest.raises(StoreUnreachableError, match="consolidated"):

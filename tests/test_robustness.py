@@ -23,7 +23,9 @@ def compare(name, num_starts):
     assert ours.sum() >= scipys.sum(), f"{name}: {ours.sum()} of {num_starts}, SciPy {scipys.sum()}"
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize(
+    "name", [HARD[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HARD[1:])]
+)
 def test_hard_problems_from_a_few_starts_over_two_decades(name):
     compare(name, 4)
 

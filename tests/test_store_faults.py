@@ -570,7 +570,7 @@ def test_marks_add_up_the_same_however_leaves_are_grouped(num_leaves, parts, see
 
 @pytest.mark.parametrize("way", ["path", "obstore", LONG, "cluster"])
 def test_a_missing_chunk_is_its_fill_value_and_reported(way, folder, tmp_path, request):
-    path = tmp_path / "a.zarr"
+    path = tmp_path / "incomplete.zarr"
     shutil.copytree(folder / "checked.zarr", path)
     for name in ("y/c/2", "y/c/11", "t/c/2"):
         (path / name).unlink()
@@ -583,10 +583,12 @@ def test_a_missing_chunk_is_its_fill_value_and_reported(way, folder, tmp_path, r
         with serve_s3() as url:
             upload(url, tmp_path, "bucket")
             with serve_faulty(url) as (proxied, faults):
-                result = fit_url(proxied, "a.zarr", way, config=NOT_KEPT)
+                result = fit_url(proxied, "incomplete.zarr", way, config=NOT_KEPT)
         # Asked for like any other chunk: nothing is listed, nothing asked twice.
         asked = {path: n for path, n in faults.paths.items() if "/c/" in path}
-        assert asked["/bucket/a.zarr/y/c/11"] <= asked["/bucket/a.zarr/y/c/10"] * 2
+        assert (
+            asked["/bucket/incomplete.zarr/y/c/11"] <= asked["/bucket/incomplete.zarr/y/c/10"] * 2
+        )
     assert result.success
     assert result.num_masked == 2 * CHUNK_ROWS
     assert result.diagnostics["store"]["missing_chunks"] == 3
