@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlsq_dask.normal_equations import ScoreSums
-from nlsq_dask.parameters.space import build_parameter_space
+from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.results.covariance import (
     estimate_covariance,
     no_covariance,

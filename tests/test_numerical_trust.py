@@ -23,7 +23,7 @@ from nlsq_dask.kernels.reverse import build_reverse_kernels
 from nlsq_dask.kernels.tiles import choose_tile_shape
 from nlsq_dask.losses import LOSSES
 from nlsq_dask.model import Model
-from nlsq_dask.parameters.space import build_parameter_space
+from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.sources.base import Chunk, pad_chunk
 from nlsq_dask.terms import RowTerms
 from oracles import FAMILIES, LONG, Family, inverse, robust_rows
