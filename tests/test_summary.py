@@ -37,6 +37,16 @@ def test_the_sections_are_lmfits(result):
     assert "decay(t; amplitude, rate, offset) to y of xarray.Dataset (t: 300)" in found["Model"]
 
 
+def test_times_are_said_to_be_numbers():
+    data = make_data()
+    elapsed = (data["t"].values * 3600).astype("timedelta64[s]")
+    times = data.drop_vars("t").assign_coords(t=np.datetime64("2020-01-01", "s") + elapsed)
+    fit = fit_dataset(times, problems.decay, p0=problems.P0)
+    line = "t in days since 2020-01-01"
+    assert line in sections(fit.summary())["Model"]
+    assert line in fit._repr_html_()
+
+
 def test_values_are_those_of_the_result(result):
     found = sections(result.summary())
     statistics = dict(re.findall(r"^    (.+?) += (\S+)", found["Fit Statistics"], re.MULTILINE))

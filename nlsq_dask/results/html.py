@@ -13,7 +13,12 @@ import numpy as np
 
 from nlsq_dask.results.convergence_svg import convergence_svg
 from nlsq_dask.results.outcome import Outcome
-from nlsq_dask.results.summary import call_of, covariance_text, strongest_correlations
+from nlsq_dask.results.summary import (
+    call_of,
+    covariance_text,
+    strongest_correlations,
+    times_text,
+)
 
 __all__ = ["to_html"]
 
@@ -76,6 +81,8 @@ def _text(value: object) -> str:
 
 def _head(fit: Outcome) -> Iterator[str]:
     yield f'<div class="nlsq-call">{_text(call_of(fit))}</div>'
+    for line in times_text(fit):
+        yield f'<div class="nlsq-said nlsq-muted">{_text(line)}</div>'
     verdict = fit.message if fit.success else f"NOT CONVERGED. {fit.message}"
     yield f'<div class="nlsq-said nlsq-{"good" if fit.success else "bad"}">{_text(verdict)}</div>'
     for text in fit.diagnostics.get("warnings", ()):

@@ -110,7 +110,7 @@ class FitResult(Outcome, Mapping[str, Any]):
         for known, shape in self.shapes.items():
             size = int(np.prod(shape))
             if known == name:
-                return self.popt[start : start + size].reshape(shape)
+                return self.popt[start : start + size].reshape(shape)[()]  # a number of a scalar
             start += size
         if name in _NLSQ_KEYS:
             return getattr(self, _NLSQ_KEYS[name])

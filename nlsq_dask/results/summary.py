@@ -9,7 +9,7 @@ import numpy as np
 from nlsq_dask._typing import Float
 from nlsq_dask.results.outcome import Outcome
 
-__all__ = ["call_of", "covariance_text", "strongest_correlations", "summarise"]
+__all__ = ["call_of", "covariance_text", "strongest_correlations", "summarise", "times_text"]
 
 _MAX_PARAMETERS = 100
 _MAX_CORRELATIONS = 20
@@ -25,6 +25,7 @@ def summarise(fit: Outcome) -> str:
             fit.message if fit.success else f"NOT CONVERGED. {fit.message}",
             "[[Model]]",
             f"    {call_of(fit)}",
+            *(f"    {line}" for line in times_text(fit)),
             "[[Fit Statistics]]",
             *(f"    {name:<18} = {value}" for name, value in _statistics(fit).items()),
             "[[Variables]]",
@@ -43,6 +44,15 @@ def call_of(fit: Outcome) -> str:
     variables = ", ".join(variable.name for variable in data.x)
     to = f" to {data.y.name} of {data.description}" if data.description else ""
     return f"{name}({variables}; {', '.join(fit.shapes)}){to}"
+
+
+def times_text(fit: Outcome) -> list[str]:
+    """As which numbers the model was given times."""
+    return [
+        f"{variable.name} in {variable.time_units}"
+        for variable in fit.provenance.data.x
+        if variable.time_units is not None
+    ]
 
 
 def covariance_text(fit: Outcome) -> str:
