@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,6 +133,47 @@ def test_masked_rows_never_reach_the_derivative():
         )
     assert normal.is_finite
     assert int(normal.num_rows) == 2
+
+
+def test_rows_are_weighed_and_counted_by_their_group():
+    """A group of weight zero is left out; a number that is no group is told, where wanted."""
+    group = np.array([0.0, 1.0, 2.0, 1.5, -1.0, 3.0, np.nan, 1.0, 0.0, 7.0])
+    where = np.array([True] * 8 + [False] * 2)
+    y = np.arange(10.0)
+    chunk = Chunk(x=(group, np.ones(10)), y=y, where=where)
+    weights = np.array([4.0, 0.25, 0.0])
+    terms = RowTerms(fill=np.ones(2), f_scale=np.float64(1.0), group_weights=weights)
+    model = Model(function=lambda group, x, a: a * x, variables=("group", "x"), parameters=("a",))
+    space = build_parameter_space(("a",), {}, {"a": 2.0})
+    for tile in ((10,), (8,)):
+        with jax.enable_x64(True):
+            normal, rows = kernels_of(model, space, tile).normal_equations(
+                space.p0, np.eye(1), terms, chunk, precision="float64"
+            )
+        assert int(normal.num_rows) == 3  # rows 0, 1 and 7
+        expected = 0.5 * (4.0 * (2 - 0) ** 2 + 0.25 * (2 - 1) ** 2 + 0.25 * (2 - 7) ** 2)
+        assert float(normal.cost) == pytest.approx(expected)
+        assert int(rows.num_stray) == 3  # 1.5, -1 and 3
+        assert int(rows.num_invalid) == 1  # NaN
+        assert int(rows.num_masked) == 7
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber", "cauchy"])
+def test_statistics_are_of_the_residuals_whatever_the_loss(loss):
+    rng = np.random.default_rng(5)
+    x, y = rng.uniform(0, 3, (2, 50)), 3 * rng.normal(size=50)
+    chunk = Chunk(x=tuple(x), y=y)
+    r, *_ = dense(chunk)
+    with jax.enable_x64(True):
+        normal, rows = kernels_of(MODEL, SPACE, (16,), loss).normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    oracle = scipy.optimize.least_squares(
+        lambda p: p[0] * np.exp(-p[1] * x[0]) + p[2] * x[1] ** 2 - y, PARAMS, loss=loss, max_nfev=1
+    )
+    assert float(normal.cost) == pytest.approx(oracle.cost, rel=1e-12)
+    assert float(rows.residual_sum) == pytest.approx(r.sum())
+    assert float(rows.residual_square) == pytest.approx(r @ r)
 
 
 def test_curvature_is_the_missing_part_of_the_hessian():

@@ -179,3 +179,97 @@ def test_a_start_without_slope_is_stationary():
     *_, last = descend(square, [0.0, 0.0])
     assert last.ending is Ending.STATIONARY
     assert last.count == 0
+
+
+# -- the line search, trial by trial
+
+
+def slope_of(value, slope):
+    """A function of one number, by its value and its derivative."""
+    return lambda point: (float(value(point[0])), np.array([float(slope(point[0]))]))
+
+
+def trials(function, start, **options):
+    """The points that one iteration tries, and the carry after it."""
+    seen = []
+
+    def watched(point):
+        seen.append(float(point[0]))
+        return function(point)
+
+    begun = begin(watched, np.array([start]), OPTIONS)
+    first_step = options.pop("first_step", 1.0)
+    box = np.array([-np.inf]), np.array([np.inf])
+    carry = iterate(watched, begun, first_step, box, vary(**options))
+    assert carry.num_evaluations == len(seen)
+    return seen[1:], carry
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+def test_a_step_too_far_is_halved_or_goes_to_the_lowest_point_of_the_parabola(size):
+    parabola = slope_of(lambda x: size * x**2, lambda x: 2 * size * x)
+    far = 4.0 / size  # times the slope of 2 size, from 1 to -7
+    halved, _ = trials(parabola, 1.0, line_search="backtracking", first_step=far)
+    np.testing.assert_allclose(halved, [-7.0, -3.0, -1.0, 0.0], atol=1e-12)
+    straight, _ = trials(parabola, 1.0, line_search="wolfe", first_step=far)
+    # An eighth of the way: not below a tenth of it, so the parabola is followed.
+    np.testing.assert_allclose(straight, [-7.0, 0.0], atol=1e-12)
+
+
+def test_what_ends_far_below_its_slope_is_bisected():
+    """The parabola through it has no lowest point."""
+    cliff = slope_of(lambda x: -x - 0.25 * x**3, lambda x: -1.0 if x < 1 else 2.0)
+    tried, _ = trials(cliff, 0.0, line_search="strong_wolfe")
+    assert tried[:2] == [1.0, 0.5]
+
+
+def test_the_next_trial_stays_within_nine_tenths_of_the_bracket():
+    """Down nearly all the way, and up at the end: the parabola's lowest point is beyond."""
+    ramp = slope_of(lambda x: -min(x, 1.9 - x), lambda x: -1.0 if x < 0.95 else 1.0)
+    tried, _ = trials(ramp, 0.0, line_search="strong_wolfe")
+    assert tried[0] == 1.0
+    assert tried[1] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("first_step", [0.4, 4.0])
+def test_a_kink_that_meets_no_condition_still_gives_the_step_before_it(first_step):
+    """Where the slope leaps from -1 to 1 no strong Wolfe point is; what falls is taken."""
+    kink = slope_of(lambda x: abs(x), lambda x: -1.0 if x < 0 else 1.0)
+    tried, carry = trials(kink, -1.0, line_search="strong_wolfe", first_step=first_step)
+    assert len(tried) == 17
+    assert carry.num_failures == carry.num_failing == 0
+    assert -0.01 < carry.point[0] <= 0.0
+
+
+# -- bounds, plateaus, and what is saved
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+@pytest.mark.parametrize("steepness", [0.5, 2.0])
+def test_a_bound_holds_what_pushes_against_it_however_gently(side, steepness):
+    box = np.array([-1.0]), np.array([1.0])
+    outward = slope_of(lambda x: -side * steepness * x, lambda x: -side * steepness)
+    held = iterate(outward, begin(outward, np.array([side]), OPTIONS), 1.0, box, OPTIONS)
+    assert held.ending is Ending.STATIONARY
+    assert held.count == 0
+    inward = slope_of(lambda x: side * steepness * x, lambda x: side * steepness)
+    freed = iterate(inward, begin(inward, np.array([side]), OPTIONS), 0.1, box, OPTIONS)
+    assert freed.count == 1
+    assert side * freed.point[0] < 1.0
+
+
+@pytest.mark.parametrize(("offset", "is_flat"), [(1e3, True), (1.0, False)])
+def test_a_plateau_is_relative_to_the_loss(offset, is_flat):
+    """Steps of 0.1 fall by 0.1 each, ten thousandths of 1000."""
+    slide = slope_of(lambda x: offset - x, lambda x: -1.0)
+    options = vary(warmup_iterations=0, plateau=1e-3, max_step=0.1, max_iterations=5)
+    carry = begin(slide, np.zeros(1), options)
+    while carry.ending is Ending.RUNNING:
+        carry = iterate(slide, carry, 0.1, (np.full(1, -np.inf), np.full(1, np.inf)), options)
+    assert carry.ending is (Ending.PLATEAU if is_flat else Ending.MAX_ITER)
+
+
+def test_endings_keep_the_numbers_that_checkpoints_hold():
+    names = "running plateau gradient max_iter limit cost_guard stationary line_search not_finite"
+    expected = [*names.upper().split(), "WARM_START", "CALLBACK"]
+    assert [Ending(number).name for number in range(len(Ending))] == expected

@@ -315,7 +315,10 @@ def test_a_state_says_where_it_is():
             assert state.step.scaled_norm <= 1.0501 * state.radius
 
 
-@pytest.mark.parametrize(("initial_radius", "start"), [(0.3, [-1.0, 1.0]), (0.3, [0.0, 0.0])])
+@pytest.mark.parametrize(
+    ("initial_radius", "start"),
+    [(0.3, [-1.0, 1.0]), (0.3, [0.0, 0.0]), (0.01, [1e-3, 1e-3])],
+)
 def test_the_first_radius_is_relative_to_the_scaled_start(initial_radius, start):
     start = np.array(start)
     evaluate = evaluate_with(rosenbrock, rosenbrock_jacobian)
@@ -338,6 +341,7 @@ def test_a_start_that_is_not_finite_is_said():
     assert state.distance == INF
     assert state.cosines.tolist() == [0.0, 0.0]
     assert state.num_trials == state.num_accepted == 0
+    assert state.newton_reduction == 0.0
 
 
 def test_a_solve_that_ran_out_goes_on_under_a_wider_limit():
@@ -381,3 +385,41 @@ def test_reduction_is_that_of_the_model():
     )
     assert model.reduction(np.array([-0.5, 1.0])) == 1.0
     assert model.reduction(np.array([1.0, 1.0])) == -(2.0 + 2.0) + (1.0 - 0.5)
+
+
+def test_an_exact_fit_has_no_scale_and_is_at_its_end():
+    """No residual: the distance is 0, not 0 / 0, and no angle to it is an angle."""
+    jac = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    evaluate = evaluate_with(lambda p: jac @ p - jac @ [1.0, 0.0], lambda p: jac)
+    state = make_solver(2).init(evaluate(np.array([1.0, 0.0]), np.eye(2)))
+    assert state.cost == state.distance == state.tangent_cosine == state.optimality == 0.0
+    assert state.cosines.tolist() == [0.0, 0.0]
+
+
+def test_a_column_that_no_row_sees_has_no_angle():
+    jac = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    evaluate = evaluate_with(lambda p: jac @ p - 1.0, lambda p: jac)
+    state = make_solver(2).init(evaluate(np.zeros(2), np.eye(2)))
+    assert state.cosines.tolist() == [pytest.approx(-6 / np.sqrt(14 * 3)), 0.0]
+
+
+def test_where_bounds_hold_every_parameter_nothing_is_left_to_gain():
+    evaluate = evaluate_with(lambda p: np.array([p[0] - 3.0, 1.0]), lambda p: np.eye(2)[:, :1])
+    solver = replace(make_solver(1), bounds=(np.zeros(1), np.ones(1)))
+    state = minimize(evaluate, solver, solver.init(evaluate(np.array([0.5]), np.eye(1))))
+    assert state.active.tolist() == [True]
+    assert state.optimality == 0.0
+
+
+@pytest.mark.parametrize("distance", [0.0, INF])
+def test_a_distance_that_is_no_measure_gives_no_contraction(distance):
+    evaluate = evaluate_with(rosenbrock, rosenbrock_jacobian)
+    solver = make_solver(2)
+    state = solver.init(evaluate(np.array([-1.0, 1.0]), np.eye(2)))
+    near = evaluate(0.999 * np.ones(2), np.eye(2))
+    step = replace(state.step, damping=0.0)
+    told = replace(state, distance=distance, contraction=0.5, step=step)
+    assert solver.update(told, near).contraction == 0.5
+    measured = solver.update(replace(told, distance=4.0), near)
+    assert measured.was_accepted
+    assert measured.contraction == measured.distance / 4.0

@@ -240,7 +240,7 @@ def test_the_first_step_is_as_long_as_the_radius_allows(initial_radius):
     assert state.step.scaled_norm <= state.radius * (1 + 1e-12)
     at_zero = solver.init(rows.slope(np.zeros(4)))
     assert at_zero.num_trials == at_zero.num_accepted == 0
-    assert at_zero.step.scaled_norm == at_zero.step.reduction == 0.0
+    assert at_zero.step.scaled_norm == at_zero.step.reduction == at_zero.step.damping == 0.0
     assert at_zero.was_accepted
     assert at_zero.was_finite
     assert at_zero.radius == initial_radius
@@ -269,6 +269,31 @@ def test_a_rejected_trial_is_retried_on_the_same_way_without_a_product():
     jac, way = rows.jacobian(state.params), state.step.vector
     promised = -way @ jac.T @ rows.residual(state.params) - 0.5 * np.sum((jac @ way) ** 2)
     assert state.step.reduction == pytest.approx(promised)
+
+
+def test_a_step_that_only_the_bounds_held_is_newtons():
+    rows, _, _ = linear(1, 3)
+    for radius, is_newton in ((1e6, True), (1e-3, False)):
+        solver = make_solver(3, initial_radius=radius)
+        state = solver.init(rows.slope(np.full(3, 5.0)))
+        while state.is_multiplying:
+            state = solver.update(state, rows.answer(*state.question))
+        assert state.step.is_newton is is_newton
+
+
+@pytest.mark.parametrize("distance", [0.0, INF])
+def test_a_distance_that_is_no_measure_gives_no_contraction(distance):
+    solver = make_solver(2, initial_radius=1e6)
+    state = solver.init(BENT.slope(np.array([-1.0, 1.0])))
+    while state.is_multiplying:
+        state = solver.update(state, BENT.answer(*state.question))
+    told = replace(state, distance=distance, contraction=0.5)
+    near = BENT.slope(np.full(2, 0.999))
+    assert told.step.is_newton
+    assert solver.update(told, near).contraction == 0.5
+    measured = solver.update(replace(told, distance=4.0), near)
+    assert measured.was_accepted
+    assert measured.contraction == measured.distance / 4.0
 
 
 def test_only_failing_trials_is_not_convergence():
@@ -385,6 +410,64 @@ def test_where_bounds_hold_every_parameter_nothing_is_left_to_gain():
     assert state.active.tolist() == [True]
     assert state.optimality == 0.0
     assert state.status.is_success
+
+
+# -- conjugate gradients by themselves
+
+
+def within(size):
+    """A box of numbers about zero, and the direction of steepest descent kept within it."""
+
+    def steepest(residual, low, high):
+        return np.clip(residual, low, high)
+
+    return (-np.asarray(size), np.asarray(size)), steepest
+
+
+def test_what_reaches_a_bound_is_multiplied_apart():
+    box, steepest = within([INF, 1.0, INF])
+    state = begin(np.array([-1.0, -2.0, 3.0]), box, np.ones(3), steepest)
+    assert state.is_snapping.tolist() == [False, True, False]
+    assert state.vectors.tolist() == [[1.0, 0.0, -3.0], [0.0, 1.0, 0.0]]
+    free = begin(np.array([-1.0, -0.5, 3.0]), box, np.ones(3), steepest)
+    assert free.vectors.tolist() == [[1.0, 0.5, -3.0]]
+
+
+def test_no_move_goes_uphill_to_a_bound():
+    """The way to it is steep at first, and the minimum a hundredth of it away."""
+    box, steepest = within([1.0])
+    state = begin(np.array([-1.0]), box, np.ones(1), steepest)
+    limits = Limits(max_products=1, tolerance=0.0)
+    state = minimize_quadratic(lambda v: 100 * v, state, steepest, limits)
+    np.testing.assert_allclose(state.step, [0.01])
+
+
+def test_bounds_that_hold_a_step_back_are_told():
+    box, steepest = within([1.0, 1.0, 1.0])
+    state = begin(np.array([-2.0, 2.0, 0.1]), box, np.ones(3), steepest)
+    state = minimize_quadratic(
+        lambda v: v, state, steepest, Limits(max_products=9, tolerance=1e-12)
+    )
+    np.testing.assert_allclose(state.step, [1.0, -1.0, -0.1])
+    assert state.active.tolist() == [True, True, False]
+
+
+def test_without_a_force_there_is_nothing_to_solve():
+    box, steepest = within([INF, INF])
+    assert begin(np.zeros(2), box, np.ones(2), steepest).is_done
+    assert not begin(np.array([0.0, 1e-3]), box, np.ones(2), steepest).is_done
+
+
+def test_the_smallest_ritz_value_of_a_whole_solve_is_the_smallest_eigenvalue():
+    box, steepest = within([INF] * 4)
+    values = np.array([0.05, 0.3, 0.7, 2.0])
+    state = begin(np.ones(4), box, np.ones(4), steepest)
+    assert state.smallest_ratio == 1.0
+    state = minimize_quadratic(
+        lambda v: v * values, state, steepest, Limits(max_products=4, tolerance=0.0)
+    )
+    assert state.smallest_ratio == pytest.approx(0.05, rel=1e-6)
+    np.testing.assert_allclose(state.step, -1 / values, rtol=1e-9)
 
 
 def course(units, size):

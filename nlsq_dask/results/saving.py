@@ -25,6 +25,7 @@ from nlsq_dask.results.stored import format_of, read_stored
 
 if TYPE_CHECKING:
     import xarray as xr
+    from zarr.core.buffer import Buffer
 
 __all__ = ["load", "save"]
 
@@ -97,7 +98,13 @@ def _require_writable(place: Path, temporary: Path) -> None:
 
 
 def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) -> None:
-    """Each array is one chunk, as it is in memory; of text in arrays, only format 2 is settled."""
+    """Each array is one chunk, as it is in memory; of text in arrays, only format 2 is settled.
+
+    Zarr writes in threads that go on after one has failed. It writes to memory here, and files
+    come from this thread.
+    """
+    from zarr.storage import MemoryStore
+
     plain = {
         name: {
             **encoding.get(name, {}),
@@ -106,7 +113,19 @@ def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) 
         }
         for name, variable in ds.variables.items()
     }
-    ds.to_zarr(temporary, zarr_format=2, consolidated=True, encoding=plain, write_empty_chunks=True)
+    written: dict[str, Buffer] = {}
+    ds.to_zarr(
+        MemoryStore(written),
+        zarr_format=2,
+        consolidated=True,
+        encoding=plain,
+        write_empty_chunks=True,
+    )
+    for key, content in written.items():
+        file = temporary / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.to_bytes())
+        sync_file(file)
 
 
 def _replace(temporary: Path, place: Path) -> None:

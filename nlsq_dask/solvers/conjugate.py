@@ -216,11 +216,12 @@ def _length(state: Conjugate) -> float:
 def _best_move(state: Conjugate, products: Float[np.ndarray, "v k"]) -> _Move | None:
     """The move that reduces the quadratic most; None where none reduces it."""
     residual = state.residual
-    moves = [_along(state, residual, state.direction, products.sum(axis=0))]
     if len(products) == 1:
-        moves += _conjugate_moves(state, residual, products[0])
+        moves = _conjugate_moves(state, residual, products[0])
     else:
-        moves += _snapping_move(state, residual, products)
+        moves = _snapping_move(state, residual, products)
+    # The last, as the first of equals is taken: of a first direction both are the same step.
+    moves.append(_along(state, residual, state.direction, products.sum(axis=0)))
     falls = [float(m.vector @ (residual - 0.5 * m.image)) for m in moves]
     best = int(np.argmax(falls))
     return moves[best] if falls[best] > 0 else None

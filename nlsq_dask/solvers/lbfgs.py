@@ -211,7 +211,7 @@ def _remember(carry: Carry, trial: _Trial, history_size: int) -> Carry:
     """The history with the step taken in, where the loss curves upward along it."""
     way, turn = trial.point - carry.point, trial.grad - carry.grad
     curvature = float(way @ turn)
-    if not np.isfinite(curvature) or curvature <= 1e-12 * float(turn @ turn) or curvature == 0:
+    if not np.isfinite(curvature) or curvature <= 1e-12 * float(turn @ turn):
         return carry
     return replace(
         carry,
