@@ -343,12 +343,17 @@ def _trace(
     return tuple(out[0].shape), out[0].dtype, trace_of(closed)
 
 
-def _broadcasting(model: Model) -> Callable[..., Array]:
-    """The jitted model, of one value for each row."""
+def _broadcasting(model: Model) -> Callable[..., tuple[Array, Array]]:
+    """The jitted model, of one value for each row, of two sets of rows at once."""
 
     @jax.jit
-    def values(x: Sequence[Array], params: Sequence[Array]) -> Array:
-        return jnp.broadcast_to(model(x, params), x[0].shape)
+    def values(
+        x: Sequence[Array], other: Sequence[Array], params: Sequence[Array]
+    ) -> tuple[Array, Array]:
+        return (
+            jnp.broadcast_to(model(x, params), x[0].shape),
+            jnp.broadcast_to(model(other, params), other[0].shape),
+        )
 
     return values
 
@@ -376,22 +381,24 @@ def check_elementwise(
     rows -= rows % 2  # two halves of one shape compile once
     if rows < 2:
         return
-    order = np.random.default_rng(0).permutation(rows)
+    order, everything = np.random.default_rng(0).permutation(rows), np.arange(rows)
     half = rows // 2
 
     compiled = _broadcasting(model)
     if fingerprint is not None:
         compiled = _RECENT.get((fingerprint, rows), lambda: compiled)
 
-    def evaluate(index: Any) -> np.ndarray:
-        part = [np.asarray(column)[:rows][index].astype(np.float64) for column in x]
+    def evaluate(*indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        parts = [
+            [np.asarray(column)[index].astype(np.float64) for column in x] for index in indices
+        ]
         with jax.enable_x64(True):
-            return np.asarray(compiled(part, tuple(params)))
+            return tuple(map(np.asarray, compiled(*parts, tuple(params))))
 
-    whole = evaluate(slice(None))
+    whole, first = evaluate(everything, everything[:half])
     permuted = np.empty(rows)
-    permuted[order] = evaluate(order)
-    split = np.concatenate([evaluate(slice(None, half)), evaluate(slice(half, None))])
+    permuted[order], second = evaluate(order, everything[half:])
+    split = np.concatenate([first, second])
     scale = np.max(np.abs(whole), where=np.isfinite(whole), initial=0.0)
     for other, how in ((permuted, "permuting"), (split, "splitting")):
         if not np.allclose(whole, other, rtol=1e-7, atol=1e-10 * scale, equal_nan=True):

@@ -20,8 +20,9 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import DataError, FitInterrupted
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.model import check_elementwise
-from nlsq_dask.objective.dense import FullObjective, Passes, SampleObjective
+from nlsq_dask.objective.dense import FullObjective, Passes
 from nlsq_dask.objective.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.problem import Problem
 from nlsq_dask.require import is_scale
 from nlsq_dask.results.diagnostics import runs_of
@@ -183,7 +184,7 @@ class _Fit:
     def _fit_few(self, on_sample: SampleObjective) -> _Found:
         """The optima of the sample, and from the best a trust region with normal equations."""
         self._ledger.enter_warmup(self._timed("warmup", lambda: self._warm_up(on_sample)))
-        self._timed("plan", self._planned.result)
+        self._timed("plan", lambda: self._await_plan(on_sample))
         full = self._open_objective(on_sample)
         start = time.perf_counter()
         state = self._descend(full, self._pass_gate(full, self._begin(full)))
@@ -191,6 +192,13 @@ class _Fit:
         scores = self._timed("covariance", lambda: self._scores(full, state))
         self._ledger.enter_end(full, state, scores)
         return _Found(full=full, state=state, scores=scores)
+
+    def _await_plan(self, on_sample: SampleObjective) -> None:
+        """What the first pass asks of the sample, while its own kernel is still compiled."""
+        warmup = self._ledger.warmup
+        if warmup is not None and self._ledger.standing is None:
+            on_sample.curvature(warmup.optima[0].params, warmup.whitening)
+        self._planned.result()
 
     def _fit_many(self, on_sample: SampleObjective) -> _Found:
         """The sample's optimum near `p0`, and from there truncated Newton: no k x k matrix."""

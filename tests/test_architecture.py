@@ -55,7 +55,7 @@ ORDER = [
     {"solvers.acceptance", "solvers.conjugate"},
     {"solvers.trust_region", "solvers.truncated_newton"},
     {"solvers.minimize", "solvers.end_point", "objective.penalised"},
-    {"results.session"},
+    {"results.session", "objective.on_sample"},
     {"results.residuals", "results.streaming", "results.profile", "results.unit_text"},
     {"results.units", "results.plain", "results.rows", "results.convergence_svg"},
     {"results.provenance", "results.stored"},

@@ -48,7 +48,7 @@ def fit_in_a_process_of_its_own(folder) -> dict:
 def test_the_next_process_finds_what_was_compiled(tmp_path):
     first = fit_in_a_process_of_its_own(tmp_path)
     second = fit_in_a_process_of_its_own(tmp_path)
-    assert first["misses"] > 5
+    assert first["misses"] > 2
     assert second["misses"] == 0
     assert second["hits"] >= first["misses"]
     assert second["popt"] == first["popt"]

@@ -16,7 +16,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.marks import fold_marks
-from nlsq_dask.evaluate.reading import reading_bytes
+from nlsq_dask.evaluate.reading import accelerator, reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
@@ -46,9 +46,12 @@ class LocalEvaluator:
         self._num_threads = num_threads or _num_cpus()
         self._progress = LogProgress() if progress is None else progress
         self._num_passes = 0
-        cache_bytes = config.cache_bytes
+        cache_bytes, prefetch = config.cache_bytes, config.prefetch
         if is_in_memory(problem.source):
             cache_bytes = 0
+            # Each leaf is at hand: a thread that copied the next would be in the way of those
+            # that compute. To an accelerator it has yet to be moved.
+            prefetch = prefetch and accelerator() is not None
         elif cache_bytes is None:
             cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
         self._cache_bytes = cache_bytes
@@ -56,7 +59,7 @@ class LocalEvaluator:
         self._home = ProblemHome(
             problem=problem,
             cache_bytes=cache_bytes,
-            prefetch=config.prefetch,
+            prefetch=prefetch,
             may_retry=config.enable_fault_tolerance,
         )
 

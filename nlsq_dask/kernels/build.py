@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ __all__ = [
     "KernelSpec",
     "Kernels",
     "LatestSpec",
+    "SampleRows",
     "build_kernels",
     "share",
 ]
@@ -57,6 +58,18 @@ class KernelSpec:
         return self.fingerprint, self.loss, self.tile_shape, self.products
 
 
+class SampleRows(NamedTuple):
+    """Rows of the least-squares problem that Gauss-Newton solves, of a small chunk.
+
+    The residual and its cost are there where the loss makes them differ from the target.
+    """
+
+    jac: Float[Array, "k rows"]
+    target: Float[Array, " rows"]
+    is_row: Bool[Array, " rows"]  # weight above zero; the others are zeros
+    robust: tuple[Float[Array, " rows"], Float[Array, " rows"]] | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernels:
     """What is computed on a chunk. Each is compiled once per process and shapes of arguments.
@@ -69,7 +82,7 @@ class Kernels:
     summary: Callable[..., RowSummary]
     scores: Callable[..., ScoreSums]
     curvature: Callable[..., Float[Array, "k k"]]
-    linearisation: Callable[..., Float[Array, "rows k"]]
+    linearisation: Callable[..., SampleRows]
     residuals: Callable[..., tuple[Float[Array, ...], Bool[Array, ...]]]
     compiled: set[Hashable] = field(default_factory=set)  # which kernels, for which shapes
     compiling: threading.Lock = field(default_factory=threading.Lock)
@@ -148,13 +161,14 @@ def _normal_equations(
 
     def start(template: tuple[ProductRows, RowCounts]) -> tuple[Any, RowCounts]:
         rows, counts = template
-        return products.start(rows), RowCounts(*(jnp.zeros((), jnp.int64) for _ in counts))
+        zeros = jax.tree.map(lambda count: jnp.zeros(count.shape, count.dtype), counts)
+        return products.start(rows), zeros
 
     def add(
         carry: tuple[Any, RowCounts], part: tuple[ProductRows, RowCounts]
     ) -> tuple[Any, RowCounts]:
         (sums, counts), (rows, counted) = carry, part
-        return products.add(sums, rows), RowCounts(*map(jnp.add, counts, counted))
+        return products.add(sums, rows), jax.tree.map(jnp.add, counts, counted)
 
     sums, counts = fold_tiles(chunk, spec.tile_shape, terms, reduce, start, add)
     totals = products.finish(sums)
@@ -163,7 +177,7 @@ def _normal_equations(
     normal = NormalEquations(
         gram=totals.gram, grad=totals.grad, cost=cost, num_rows=counts.num_rows
     )
-    return normal, counts.statistics(residual_sum, square)
+    return normal, counts.statistics(chunk, residual_sum, square)
 
 
 def _costs(
@@ -260,10 +274,15 @@ def _linearisation(
     directions: Float[Array, "n k"],
     terms: RowTerms,
     chunk: Chunk,
-) -> Float[Array, "rows k"]:
-    """The Jacobian of a small chunk, row by row, scaled as the loss asks: for a sample's QR."""
+) -> SampleRows:
+    """The Jacobian of a small chunk and what it is multiplied by, scaled as the loss asks.
+
+    Without the products, which take most of the time to compile.
+    """
     tile = whole_tile(chunk, terms)
-    return linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms).jac.T
+    rows = linearise(spec.model, spec.space, spec.loss, tile, params, directions, terms)
+    robust = None if spec.loss == "linear" else (rows.residual, rows.cost)
+    return SampleRows(rows.jac, rows.target, tile.is_row.ravel(), robust)
 
 
 def _residuals(

@@ -21,9 +21,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from nlsq_dask._typing import Array, Float
+from nlsq_dask._typing import Array, Float, Int
 from nlsq_dask.config import Precision
 
 __all__ = ["ProductRows", "Products", "Totals", "Way", "products_for"]
@@ -181,17 +182,30 @@ class Lanes:
         return _Lanes(buffer, gram, sums)
 
     def finish(self, carry: _Lanes) -> Totals:
+        """All lanes in one sum: each step of its own would take a while to compile."""
         k = len(carry.buffer) - len(carry.sums)
-        gram = jnp.zeros((k + 1, k + 1))
-        for group, lanes in zip(_groups(k + 1), carry.gram, strict=True):
-            gram = gram.at[group.start : group.stop, group.start :].set(jnp.sum(lanes, axis=-1))
-        sums = jnp.sum(carry.sums, axis=-1)
+        lanes = [group.reshape(-1, _LANES) for group in (*carry.gram, carry.sums)]
+        totals = jnp.sum(jnp.concatenate(lanes), axis=-1)
+        where = _where(k + 1)
+        first = sum(map(len, lanes[:-1]))
         return Totals(
-            gram=_symmetric(gram[:k, :k]),
-            grad=gram[:k, k],
-            square=gram[k, k],
-            sums=tuple(sums[i] for i in range(len(sums))),
+            gram=totals[where[:k, :k]],
+            grad=totals[where[:k, k]],
+            square=totals[where[k, k]],
+            sums=tuple(totals[first + i] for i in range(len(carry.sums))),
         )
+
+
+def _where(k: int) -> Int[np.ndarray, "k k"]:
+    """Where each product of two columns is among those of the groups, one after the other."""
+    where = np.zeros((k, k), np.int32)
+    begin = 0
+    for group in _groups(k):
+        width = k - group.start
+        for i in group:
+            where[i, group.start :] = begin + np.arange(width)
+            begin += width
+    return np.triu(where) + np.triu(where, 1).T
 
 
 def _groups(k: int) -> Sequence[range]:

@@ -16,7 +16,7 @@ import numpy as np
 from nlsq_dask._typing import Array, Float
 from nlsq_dask.config import Precision
 from nlsq_dask.kernels.build import MAX_KERNELS, KernelSpec, LatestSpec, share
-from nlsq_dask.kernels.counts import row_statistics
+from nlsq_dask.kernels.counts import ResidualSums, sum_residuals
 from nlsq_dask.kernels.rows import residual_function, row_costs
 from nlsq_dask.kernels.tiles import Tile, sum_tiles
 from nlsq_dask.losses import LOSSES, robust_terms
@@ -67,7 +67,7 @@ def _gradient(
     """
     dtype = jnp.float32 if precision == "float32" else jnp.float64
 
-    def reduce(tile: Tile) -> tuple[CostGradient, RowStatistics]:
+    def reduce(tile: Tile) -> tuple[CostGradient, ResidualSums]:
         function = residual_function(spec.model, spec.space, tile, dtype)
         residual, pull = jax.vjp(function, params.astype(dtype))
         score = residual
@@ -78,10 +78,11 @@ def _gradient(
         summed = _cost_sum(spec, tile, residual, terms)
         return (
             CostGradient(cost=summed.cost, num_rows=summed.num_rows, grad=grad.astype(jnp.float64)),
-            row_statistics(tile, residual),
+            sum_residuals(tile, residual),
         )
 
-    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+    normal, residuals = sum_tiles(chunk, spec.tile_shape, terms, reduce)
+    return normal, residuals.statistics(chunk)
 
 
 def _products(
@@ -95,7 +96,7 @@ def _products(
     """``Jᵀ(c ⊙ (J v))``: forward along each vector, and back."""
     dtype = jnp.float64 if precision == "float64" else jnp.float32
 
-    def reduce(tile: Tile) -> tuple[CurvatureProducts, RowStatistics]:
+    def reduce(tile: Tile) -> tuple[CurvatureProducts, ResidualSums]:
         point = params.astype(dtype)
         function = residual_function(spec.model, spec.space, tile, dtype)
         residual, push = jax.linearize(function, point)
@@ -113,10 +114,11 @@ def _products(
                 num_rows=summed.num_rows,
                 products=jax.vmap(product)(vectors.astype(dtype)),
             ),
-            row_statistics(tile, residual),
+            sum_residuals(tile, residual),
         )
 
-    return sum_tiles(chunk, spec.tile_shape, terms, reduce)
+    normal, residuals = sum_tiles(chunk, spec.tile_shape, terms, reduce)
+    return normal, residuals.statistics(chunk)
 
 
 def _diagonal(

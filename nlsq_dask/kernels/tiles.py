@@ -34,7 +34,6 @@ class Tile:
     is_row: Bool[Array, ...]  # weight above zero
     is_wanted: Bool[Array, ...] | None  # real and selected, finite or not; None for all real ones
     is_stray: Bool[Array, ...] | None  # wanted, but of no known group
-    num_real: Int[Array, ""]
 
 
 def choose_tile_shape(shape: Shape, num_rows: int) -> Shape:
@@ -91,7 +90,7 @@ def fold_tiles(
     counts = [math.ceil(length / size) for length, size in zip(shape, tile_shape, strict=True)]
 
     def at(number: Array) -> Tile:
-        index = jnp.unravel_index(number, counts)
+        index = [number] if len(counts) == 1 else jnp.unravel_index(number, counts)
         wanted = [i * size for i, size in zip(index, tile_shape, strict=True)]
         starts = [
             jnp.minimum(start, length - size)
@@ -123,7 +122,6 @@ def _cut(
         return lax.dynamic_slice(array, begin, sizes)
 
     is_real = jnp.ones(tile_shape, bool)
-    num_real: Array = jnp.ones((), jnp.int64)
     for axis, (start, first) in enumerate(zip(starts, wanted, strict=True)):
         end = start + tile_shape[axis]
         if chunk.extent is not None:
@@ -132,7 +130,6 @@ def _cut(
         is_real &= (row >= (first - start).astype(jnp.int32)) & (
             row < (end - start).astype(jnp.int32)
         )
-        num_real = num_real * jnp.maximum(end - first, 0)
     parts = Chunk(
         x=tuple(cut(column) for column in chunk.x),
         y=cut(chunk.y),
@@ -140,7 +137,7 @@ def _cut(
         where=None if chunk.where is None else cut(chunk.where),
         cluster=None if chunk.cluster is None else cut(chunk.cluster),
     )
-    return build_tile(parts, is_real, num_real, terms)
+    return build_tile(parts, is_real, terms)
 
 
 def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
@@ -149,9 +146,7 @@ def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
     return _cut(chunk, zeros, zeros, chunk.y.shape, terms)
 
 
-def build_tile(
-    chunk: Chunk, is_real: Bool[Array, ...], num_real: Int[Array, ""], terms: RowTerms
-) -> Tile:
+def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:
     """Rows with what decides whether, and how much, each counts."""
     is_wanted: Any = is_real
     if chunk.where is not None:
@@ -188,7 +183,6 @@ def build_tile(
         is_row=is_row,
         is_wanted=None if chunk.where is None and terms.group_weights is None else is_wanted,
         is_stray=is_stray,
-        num_real=num_real,
     )
 
 

@@ -32,7 +32,8 @@ from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Request
 from nlsq_dask.normal_equations import CostGradient, Sums
-from nlsq_dask.objective.dense import Passes, SampleObjective
+from nlsq_dask.objective.dense import Passes
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.objective.penalised import build_penalty_products, penalised_slope
 from nlsq_dask.parameters.penalties import PenaltyRows
 from nlsq_dask.solvers.acceptance import Tolerances

@@ -15,7 +15,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.parameters.space import strictly_inside
 from nlsq_dask.solvers.lbfgs import Carry, DescentOptions, Ending, begin, iterate
 from nlsq_dask.sources.base import selected_rows

@@ -16,7 +16,7 @@ import scipy
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.parameters.space import strictly_inside
 
 __all__ = ["Round", "Tournament", "draw_candidates", "hold_tournament"]

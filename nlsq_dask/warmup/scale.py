@@ -9,7 +9,7 @@ import numpy as np
 
 from nlsq_dask._typing import Vector
 from nlsq_dask.errors import DataError
-from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.objective.on_sample import SampleObjective
 
 __all__ = ["estimate_f_scale"]
 

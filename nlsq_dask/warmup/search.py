@@ -20,7 +20,7 @@ import numpy as np
 
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.objective.dense import SampleObjective
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.solvers.lbfgs import Ending
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
