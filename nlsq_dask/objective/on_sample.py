@@ -92,9 +92,8 @@ class SampleObjective:
     def _rows(self, params: Vector, directions: Float[np.ndarray, "n k"], block: int) -> SampleRows:
         everything, kernel = self.problem.space.expand(params), self._home.kernels.linearisation
         with jax.enable_x64(True):
-            rows: SampleRows = jax.device_get(
-                kernel(everything, directions, self.terms, self.block(block))
-            )
+            handed = kernel(everything, directions, self.terms, self.block(block))
+            rows: SampleRows = jax.tree.map(np.asarray, handed)
         return rows
 
     def whitening(self, params: Vector, blocks: range) -> Float[np.ndarray, "k k"] | None:

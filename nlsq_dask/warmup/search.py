@@ -48,6 +48,7 @@ _MAX_SAMPLE_ITERATIONS = 300  # from each start
 _MAX_BEST_ITERATIONS = 5000  # from there on for the best: narrow valleys take thousands
 _SAMPLE_DISTANCE_TOL = 1e-7  # in the sample: equivalent optima must have equal cost on all data
 _DISTINCT_DISTANCE = 3.0  # standard errors of the sample
+_ALIKE = 1e-3  # of a block's: less than tells optima of the whole sample apart
 _EQUAL_COST = 1e-3  # of a row's: less says nothing, and p0 was the user's choice
 
 
@@ -153,7 +154,8 @@ class _Search:
             return None
         normalizer = self._normalizer()
         descents = self._descend(begun, normalizer, on_iteration, on_state)
-        states = [self._fit(point, self._everything) for point in self._points(begun, descents)]
+        points = self._merged(self._points(begun, descents))
+        states = [self._fit(point, self._everything) for point in points]
         finite = [state for state in states if state is not None]
         if not finite:
             return None
@@ -283,6 +285,30 @@ class _Search:
         first, *others = begun.starts
         ends = [descent.end for descent in descents] if descents else others
         return [first, *(end for end in ends if not np.array_equal(end, first))]
+
+    def _merged(self, points: Sequence[Vector]) -> Sequence[Vector]:
+        """Where Levenberg-Marquardt leads on one block of many, points that end alike but once.
+
+        Most starts lead to one optimum, and only the last of the way there takes all blocks. A
+        block of a sample is in random order; where all rows are at hand, it may be one stretch
+        of time.
+        """
+        if self._objective.sample.is_everything or self._explored == self._everything:
+            return points
+        ends: list[State] = []
+        for point in points:
+            end = self._fit(point, self._explored)
+            if end is not None and not any(self._ends_alike(other, end) for other in ends):
+                ends.append(end)
+        return [end.params for end in ends]
+
+    def _ends_alike(self, one: State, other: State) -> bool:
+        """Whether two solves on one block came to the same point, up to their tolerance."""
+        if not (one.status.is_success and other.status.is_success):
+            return False
+        way = one.model.gauss_newton_factor @ (one.params - other.params)
+        rows = int(one.evaluation.normal.num_rows)
+        return bool(np.linalg.norm(way) <= _ALIKE * np.sqrt(2 * one.cost / max(rows, 1)))
 
     def _fit(self, start: Vector, blocks: range) -> State | None:
         """Levenberg-Marquardt on the blocks; None where it cannot begin."""
