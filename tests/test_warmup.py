@@ -112,6 +112,45 @@ def test_watching_does_not_change_the_bits():
     assert flat(alone) == flat(watched)
 
 
+# -- many blocks
+
+
+def in_blocks(t, y, model, p0):
+    """The warmup of a fit whose sample has several blocks, and how many went over all of them."""
+    ds = xr.Dataset({"y": ("row", y), "t": ("row", t)}).chunk(row=len(t) // 64)
+    with mock.patch.object(phases, "warm_up", wraps=warm_up) as watched:
+        config = HybridStreamingConfig(max_sample_fraction=0.5, verbose=0)
+        fit_dataset(ds, model, y="y", x="t", p0=p0, config=config)
+    objective, config, tolerances = watched.call_args.args
+    assert len(objective.sample.blocks) >= 4
+    with mock.patch.object(objective, "on", wraps=objective.on) as asked:
+        warmup = warm_up(objective, config, tolerances)
+    return warmup, [call.args[0] for call in asked.call_args_list].count(objective.sample.blocks)
+
+
+def test_starts_that_lead_to_one_point_take_the_last_of_the_way_once():
+    t, y = problems.make_decay(200_000, seed=3)
+    warmup, num_solves = in_blocks(t, y, problems.decay, problems.P0)
+    assert warmup.num_starts > 3
+    assert len(warmup.optima) == 1
+    assert num_solves == 2  # from there, and once more for the best of all
+
+
+def test_starts_that_lead_apart_stay_apart():
+    """A wave of the wrong frequency: several optima, of which the whole sample knows the best."""
+    t = np.linspace(0, 10, 200_000)
+    y = 2 * np.sin(3 * t + 0.3) + np.random.default_rng(0).normal(size=t.size)
+
+    def wave(t, a, w, p):
+        return a * jnp.sin(w * t + p)
+
+    p0 = {"a": 1.0, "w": 3 + 2 * np.pi / 10, "p": 0.0}
+    warmup, num_solves = in_blocks(t, y, wave, p0)
+    assert num_solves > 2
+    assert len(warmup.optima) > 1
+    assert abs(warmup.optima[0].params[1]) == pytest.approx(3, abs=0.01)
+
+
 # -- records
 
 
