@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nlsq_dask._typing import Float
+from nlsq_dask._typing import Float, Int
 from nlsq_dask.errors import DataError
 from nlsq_dask.sources.base import Chunk, finite_rows, selected_rows
 from nlsq_dask.sources.columns import MemoryColumn
@@ -63,6 +63,8 @@ class Sample:
     valid_share: float  # of the rows looked at
     smallest_sigma: float
     marks: Mapping[int, int] = field(default_factory=dict)  # of the chunks looked at
+    # Of all rows there are, which one each was when it was read; None where that says nothing.
+    places: Int[np.ndarray, " rows"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -80,7 +82,8 @@ class Sample:
             for role, column in self.source.columns.items()
         }
         source = replace(self.source.with_columns(columns), leaf_shape=(self.num_rows,))
-        return replace(self, source=source, halves=(range(1), range(1)))
+        places = None if self.places is None else self.places[order]
+        return replace(self, source=source, halves=(range(1), range(1)), places=places)
 
     @property
     def center(self) -> float:
@@ -198,8 +201,12 @@ def _assemble(
     columns = _stack(drawn, len(variables))
     owner = np.repeat(np.arange(len(drawn)), [len(rows.y) for rows in drawn])
     num_blocks = -(-len(owner) // _BLOCK_ROWS)
+    places = None
     if everything or len(owner) < 2:
+        # Every so many rows, so that a block alone is a sample of those in time order too.
         block = -(-len(owner) // num_blocks)
+        places = np.concatenate([np.arange(b, len(owner), num_blocks) for b in range(num_blocks)])
+        columns = [column[places] for column in columns]
         first = second = range(num_blocks)
     else:
         # Blocks of one shape, so that the sample compiles once. They are drawn at random from
@@ -225,6 +232,7 @@ def _assemble(
         valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_seen for rows in drawn),
         smallest_sigma=min(rows.smallest_sigma for rows in drawn),
         marks={leaf: rows.mark for leaf, rows in zip(chosen, drawn, strict=True)},
+        places=places,
     )
 
 

@@ -14,6 +14,7 @@ import xarray as xr
 import problems
 from config_rows_warmup import GOOD, POOR, ROWS, fit, warmup_of
 from nlsq_dask import HybridStreamingConfig, Status, fit_dataset, phases
+from nlsq_dask.results.diagnostics import runs_of
 from nlsq_dask.warmup.search import warm_up
 from nlsq_dask.warmup.state import WarmupState
 
@@ -115,13 +116,18 @@ def test_watching_does_not_change_the_bits():
 # -- many blocks
 
 
-def in_blocks(t, y, model, p0):
-    """The warmup of a fit whose sample has several blocks, and how many went over all of them."""
+def arguments_of(t, y, model, p0, **options):
+    """What a fit of these rows hands to the warmup."""
     ds = xr.Dataset({"y": ("row", y), "t": ("row", t)}).chunk(row=len(t) // 64)
     with mock.patch.object(phases, "warm_up", wraps=warm_up) as watched:
-        config = HybridStreamingConfig(max_sample_fraction=0.5, verbose=0)
+        config = HybridStreamingConfig(max_sample_fraction=0.5, verbose=0, **options)
         fit_dataset(ds, model, y="y", x="t", p0=p0, config=config)
-    objective, config, tolerances = watched.call_args.args
+    return watched.call_args.args
+
+
+def in_blocks(t, y, model, p0):
+    """The warmup of a fit whose sample has several blocks, and how many went over all of them."""
+    objective, config, tolerances = arguments_of(t, y, model, p0)
     assert len(objective.sample.blocks) >= 4
     with mock.patch.object(objective, "on", wraps=objective.on) as asked:
         warmup = warm_up(objective, config, tolerances)
@@ -149,6 +155,37 @@ def test_starts_that_lead_apart_stay_apart():
     assert num_solves > 2
     assert len(warmup.optima) > 1
     assert abs(warmup.optima[0].params[1]) == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.parametrize("num_rows", [20_000, 49_999])
+def test_a_block_of_all_rows_is_a_sample_of_their_whole_time(num_rows):
+    t, y = problems.make_decay(num_rows, seed=3)
+    y[7] = np.nan
+    objective, *_ = arguments_of(t, y, problems.decay, problems.P0)
+    assert objective.sample.is_everything
+    assert len(objective.sample.blocks) > 1
+    times = np.asarray(objective.block(0).x[0])
+    middle = np.quantile(times, [0.01, 0.25, 0.5, 0.75, 0.99])
+    np.testing.assert_allclose(middle, np.quantile(t, [0.01, 0.25, 0.5, 0.75, 0.99]), atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"cg_param_threshold": 1}], ids=["dense", "matrix free"])
+def test_residuals_of_all_rows_are_in_the_order_they_were_read(options):
+    t, y = problems.make_decay(40_001, seed=3)
+    y[[0, 9, 40_000]] = np.nan
+    seen = []
+
+    def watched(residuals):
+        seen.append(residuals)
+        return runs_of(residuals)
+
+    ds = xr.Dataset({"y": ("row", y), "t": ("row", t)}).chunk(row=1000)
+    config = HybridStreamingConfig(verbose=0, **options)
+    with mock.patch.object(phases, "runs_of", watched):
+        fit = fit_dataset(ds, problems.decay, y="y", x="t", p0=problems.P0, config=config)
+    amplitude, rate, offset = fit.popt
+    expected = amplitude * np.exp(-rate * t) + offset - y
+    np.testing.assert_allclose(seen[-1], expected[np.isfinite(y)], atol=1e-12)
 
 
 # -- records

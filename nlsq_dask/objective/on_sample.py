@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import scipy.linalg
 
-from nlsq_dask._typing import Float, Vector
+from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.kernels.build import SampleRows
 from nlsq_dask.kernels.reverse import ReverseKernels
@@ -142,19 +142,27 @@ class SampleObjective:
         return CostGradient(cost=normal.cost, num_rows=normal.num_rows, grad=grad)
 
     def residuals(self, params: Vector) -> Vector:
-        """Weighted residuals of the sample's rows."""
-        return np.concatenate([self._residuals(params, block) for block in self.sample.blocks])
+        """Weighted residuals of the sample's rows; of all rows there are, as they were read."""
+        each = [self._residuals(params, block) for block in self.sample.blocks]
+        residual, is_row = (
+            np.concatenate(parts)[: self.sample.num_rows] for parts in zip(*each, strict=True)
+        )
+        if self.sample.places is not None:
+            back = np.argsort(self.sample.places)
+            residual, is_row = residual[back], is_row[back]
+        return np.asarray(residual[is_row])
 
-    def _residuals(self, params: Vector, block: int) -> Vector:
+    def _residuals(self, params: Vector, block: int) -> tuple[Vector, Bool[np.ndarray, " rows"]]:
+        """Of a padded block, and which of them are of rows that count."""
         space = self.problem.space
         if self.problem.plan.is_matrix_free:
             everything, kernel = space.expand(params), self._home.kernels.residuals
             with jax.enable_x64(True):
-                residual, is_row = jax.device_get(kernel(everything, self.terms, self.block(block)))
-            return np.asarray(residual[is_row])
+                residual, is_row = kernel(everything, self.terms, self.block(block))
+            return np.asarray(residual), np.asarray(is_row)
         rows = self._rows(params, space.embed(np.eye(space.num_free)), block)
         residual = rows.target if rows.robust is None else rows.robust[0]
-        return np.asarray(residual[rows.is_row])
+        return np.asarray(residual), np.asarray(rows.is_row)
 
     def curvature(
         self, params: Vector, whitening: Float[np.ndarray, "k k"]

@@ -289,11 +289,9 @@ class _Search:
     def _merged(self, points: Sequence[Vector]) -> Sequence[Vector]:
         """Where Levenberg-Marquardt leads on one block of many, points that end alike but once.
 
-        Most starts lead to one optimum, and only the last of the way there takes all blocks. A
-        block of a sample is in random order; where all rows are at hand, it may be one stretch
-        of time.
+        Most starts lead to one optimum, and only the last of the way there takes all blocks.
         """
-        if self._objective.sample.is_everything or self._explored == self._everything:
+        if self._explored == self._everything:
             return points
         ends: list[State] = []
         for point in points:
