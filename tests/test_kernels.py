@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlsq_dask.kernels.build import KernelSpec, build_kernels
+from nlsq_dask.kernels.reverse import build_reverse_kernels
 from nlsq_dask.kernels.tiles import choose_tile_shape
+from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import Model
 from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.sources.base import Chunk, pad_chunk
@@ -203,3 +205,62 @@ def test_tiles_are_about_as_large_as_asked(shape, rows):
     tile = choose_tile_shape(shape, rows)
     assert all(1 <= size <= length for size, length in zip(tile, shape, strict=True))
     assert np.prod(tile) <= 2 * rows + 64
+
+
+def width_of(function, *x_shapes):
+    names = tuple(f"x{i}" for i in range(len(x_shapes)))
+    model = Model(function=function, variables=names, parameters=("a",))
+    return elements_per_row(model, x_shapes, [np.float64(1.0)])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 7), (2, 4), (3, 3), (7, 1), (0, 7)])
+def test_the_width_of_a_model_is_that_of_its_largest_array(rows, width):
+    """Rounded up; a model may also ask for 64 bits by name."""
+
+    def seven(x, a):
+        return x.astype(jnp.float64) + jnp.sum(a * jnp.arange(7.0, dtype=jnp.float64))
+
+    assert width_of(seven, (rows,)) == width
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        jax.jit,
+        jax.checkpoint,
+        lambda inner: lambda a: jax.lax.cond(a > 0, inner, lambda a: 0 * a, a),
+        lambda inner: lambda a: jax.lax.fori_loop(0, 3, lambda _, b: b + inner(a), a),
+    ],
+)
+def test_arrays_within_inner_functions_count(within):
+    inner = within(lambda a: jnp.sum(a * jnp.arange(50.0)))
+    assert width_of(lambda x, y, a: x + y + inner(a), (5, 1), (1, 2)) == 5
+
+
+def test_a_model_that_makes_no_array_is_one_wide():
+    assert width_of(lambda x, a: x, (1,)) == 1
+    assert width_of(lambda x, a: x, (1000,)) == 1
+
+
+def test_sigma_of_zero_or_less_is_counted_where_a_row_would_count():
+    sigma = np.array([1.0, 0.0, -1.0, 0.5, np.nan, 0.0])
+    y = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.nan])
+    chunk = Chunk(x=(y.copy(), np.ones(6)), y=y, sigma=sigma)
+    with jax.enable_x64(True):
+        _, rows = kernels_of(MODEL, SPACE, (4,)).normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    assert int(rows.num_bad_sigma) == 2
+    assert int(rows.num_invalid) == 2
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber"])
+def test_reverse_kernels_tell_the_moments_of_the_residuals(loss):
+    rng = np.random.default_rng(6)
+    chunk = Chunk(x=tuple(rng.uniform(0, 3, (2, 50))), y=3 * rng.normal(size=50))
+    r, *_ = dense(chunk)
+    spec = KernelSpec(model=MODEL, space=SPACE, loss=loss, tile_shape=(16,), products="lanes")
+    with jax.enable_x64(True):
+        _, rows = build_reverse_kernels(spec).gradient(PARAMS, TERMS, chunk, precision="float64")
+    assert float(rows.residual_sum) == pytest.approx(r.sum())
+    assert float(rows.residual_square) == pytest.approx(r @ r)
