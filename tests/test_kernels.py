@@ -264,3 +264,29 @@ def test_reverse_kernels_tell_the_moments_of_the_residuals(loss):
         _, rows = build_reverse_kernels(spec).gradient(PARAMS, TERMS, chunk, precision="float64")
     assert float(rows.residual_sum) == pytest.approx(r.sum())
     assert float(rows.residual_square) == pytest.approx(r @ r)
+
+
+def diagonal_of(function, x, start):
+    """By the kernel: from gradients of small tiles with random signs."""
+    names = tuple(start)
+    model = Model(function=function, variables=("x",), parameters=names)
+    space = build_parameter_space(names, {}, start)
+    spec = KernelSpec(model=model, space=space, loss="linear", tile_shape=x.shape, products="lanes")
+    with jax.enable_x64(True):
+        kernels = build_reverse_kernels(spec)
+        return kernels.diagonal(space.p0, terms_of(1.0), Chunk(x=(x,), y=np.zeros(x.shape)))
+
+
+@pytest.mark.parametrize("num_rows", [3000, 70_000])
+def test_the_diagonal_is_estimated_where_all_rows_depend_on_a_parameter(num_rows):
+    """To √(2 / 1024), by the docstring; here within four times that."""
+    x = np.random.default_rng(2).uniform(1, 2, num_rows)
+    diagonal = diagonal_of(lambda x, a, b: a * x + b, x, {"a": 1.0, "b": 2.0})
+    np.testing.assert_allclose(diagonal, [x @ x, num_rows], rtol=4 * np.sqrt(2 / 1024))
+
+
+def test_the_diagonal_is_exact_where_rows_of_a_tile_share_no_parameter():
+    """Of 2,100 rows two make a tile: each depends on the parameter that its sign says."""
+    x = np.random.default_rng(3).uniform(1, 2, 2100) * np.tile([1.0, -1.0], 1050)
+    diagonal = diagonal_of(lambda x, a, b: jnp.where(x > 0, a * x, b * x), x, {"a": 1.0, "b": 2.0})
+    np.testing.assert_allclose(diagonal, [x[::2] @ x[::2], x[1::2] @ x[1::2]], rtol=1e-12)
