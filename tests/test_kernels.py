@@ -290,3 +290,9 @@ def test_the_diagonal_is_exact_where_rows_of_a_tile_share_no_parameter():
     x = np.random.default_rng(3).uniform(1, 2, 2100) * np.tile([1.0, -1.0], 1050)
     diagonal = diagonal_of(lambda x, a, b: jnp.where(x > 0, a * x, b * x), x, {"a": 1.0, "b": 2.0})
     np.testing.assert_allclose(diagonal, [x[::2] @ x[::2], x[1::2] @ x[1::2]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_tile_may_be_one_row(rows):
+    """Where rows are so wide that fewer are asked for than there can be."""
+    assert choose_tile_shape((5, 1), rows) == (1, 1)
