@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from nlsq_dask.kernels.build import KernelSpec, build_kernels
 from nlsq_dask.kernels.reverse import build_reverse_kernels
-from nlsq_dask.kernels.tiles import choose_tile_shape
+from nlsq_dask.kernels.tiles import choose_tile_shape, sum_tiles
 from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import Model
 from nlsq_dask.parameters.given import build_parameter_space
@@ -296,3 +298,30 @@ def test_the_diagonal_is_exact_where_rows_of_a_tile_share_no_parameter():
 def test_a_tile_may_be_one_row(rows):
     """Where rows are so wide that fewer are asked for than there can be."""
     assert choose_tile_shape((5, 1), rows) == (1, 1)
+
+
+def test_kernels_are_shared_by_what_they_compute_and_never_without_a_fingerprint():
+    spec = KernelSpec(model=MODEL, space=SPACE, loss="linear", tile_shape=(8,), products="lanes")
+    assert build_kernels(spec) is not build_kernels(spec)
+    known = replace(spec, fingerprint="of this test")
+    kernels = build_kernels(known)
+    assert build_kernels(replace(known)) is kernels
+    for other in ({"loss": "huber"}, {"tile_shape": (16,)}, {"products": "dot"}):
+        assert build_kernels(replace(known, **other)) is not kernels
+    assert build_kernels(replace(known, fingerprint="of another model")) is not kernels
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "tile"),
+    [((100,), 8, (8,)), ((1000,), 300, (256,)), ((1000,), 1000, (1000,)), ((9, 30), 60, (2, 30))],
+)
+def test_tiles_are_nearly_equal_and_walked_once(shape, rows, tile):
+    """In whole registers of eight, where there is more than one along the last axis."""
+    assert choose_tile_shape(shape, rows) == tile
+    chunk = Chunk(x=(np.ones(shape), np.ones(shape)), y=np.ones(shape))
+    with jax.enable_x64(True):
+        num_tiles, num_rows = sum_tiles(
+            chunk, tile, TERMS, lambda tile: jnp.stack([1, jnp.sum(tile.is_row)])
+        )
+    assert int(num_tiles) == np.prod(np.ceil(np.divide(shape, tile)))
+    assert int(num_rows) == np.prod(shape)
