@@ -325,3 +325,19 @@ def test_tiles_are_nearly_equal_and_walked_once(shape, rows, tile):
         )
     assert int(num_tiles) == np.prod(np.ceil(np.divide(shape, tile)))
     assert int(num_rows) == np.prod(shape)
+
+
+def test_fewer_directions_than_parameters():
+    """As where a parameter is fixed: all is along the directions, which are no square."""
+    rng = np.random.default_rng(7)
+    chunk = Chunk(x=tuple(rng.uniform(0, 3, (2, 40))), y=rng.normal(size=40))
+    _, jac, _ = dense(chunk)
+    directions = np.array([[1.0, 0.5], [0.0, 2.0], [0.3, 0.0]])
+    kernels = kernels_of(MODEL, SPACE, (16,))
+    with jax.enable_x64(True):
+        normal, _ = kernels.normal_equations(PARAMS, directions, TERMS, chunk, precision="float64")
+        along = kernels.curvature(PARAMS, directions, TERMS, chunk)
+        whole = np.asarray(kernels.curvature(PARAMS, np.eye(3), TERMS, chunk))
+    whitened = jac @ directions
+    np.testing.assert_allclose(normal.gram, whitened.T @ whitened, rtol=1e-11)
+    np.testing.assert_allclose(along, directions.T @ whole @ directions, rtol=1e-11)
