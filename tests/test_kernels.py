@@ -313,7 +313,13 @@ def test_kernels_are_shared_by_what_they_compute_and_never_without_a_fingerprint
 
 @pytest.mark.parametrize(
     ("shape", "rows", "tile"),
-    [((100,), 8, (8,)), ((1000,), 300, (256,)), ((1000,), 1000, (1000,)), ((9, 30), 60, (2, 30))],
+    [
+        ((100,), 8, (8,)),
+        ((1000,), 300, (256,)),
+        ((1000,), 1000, (1000,)),
+        ((9, 30), 70, (2, 30)),
+        ((4, 9, 30), 60, (1, 2, 30)),
+    ],
 )
 def test_tiles_are_nearly_equal_and_walked_once(shape, rows, tile):
     """In whole registers of eight, where there is more than one along the last axis."""
@@ -341,3 +347,21 @@ def test_fewer_directions_than_parameters():
     whitened = jac @ directions
     np.testing.assert_allclose(normal.gram, whitened.T @ whitened, rtol=1e-11)
     np.testing.assert_allclose(along, directions.T @ whole @ directions, rtol=1e-11)
+
+
+def test_variables_that_broadcast_along_any_axis():
+    """Also where all the rows that one of their values belongs to are left out."""
+    rng = np.random.default_rng(8)
+    t, z = rng.uniform(0, 3, (4, 1, 1)), rng.uniform(0, 3, (1, 3, 4))
+    y = rng.normal(size=(4, 3, 4))
+    t[1], y[2], y[:, 1, 2] = np.nan, np.nan, np.inf
+    chunk = Chunk(x=(t, z), y=y)
+    r, jac, valid = dense(chunk)
+    assert valid.sum() == 2 * 11
+    with jax.enable_x64(True):
+        normal, _ = kernels_of(MODEL, SPACE, (2, 3, 4)).normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    assert int(normal.num_rows) == len(r)
+    np.testing.assert_allclose(normal.gram, jac.T @ jac, rtol=1e-11)
+    np.testing.assert_allclose(normal.grad, jac.T @ r, rtol=1e-11)
