@@ -319,18 +319,24 @@ def test_kernels_are_shared_by_what_they_compute_and_never_without_a_fingerprint
         ((1000,), 1000, (1000,)),
         ((9, 30), 70, (2, 30)),
         ((4, 9, 30), 60, (1, 2, 30)),
+        ((2, 30), 30, (1, 30)),
+        ((3, 100), 5, (1, 8)),
     ],
 )
 def test_tiles_are_nearly_equal_and_walked_once(shape, rows, tile):
     """In whole registers of eight, where there is more than one along the last axis."""
     assert choose_tile_shape(shape, rows) == tile
-    chunk = Chunk(x=(np.ones(shape), np.ones(shape)), y=np.ones(shape))
+    y = np.random.default_rng(9).uniform(1, 2, shape)
+    chunk = Chunk(x=(np.ones(shape), np.ones(shape)), y=y)
+
+    def reduce(tile):
+        return jnp.stack([1.0, jnp.sum(tile.is_row), jnp.sum(tile.y, where=tile.is_row)])
+
     with jax.enable_x64(True):
-        num_tiles, num_rows = sum_tiles(
-            chunk, tile, TERMS, lambda tile: jnp.stack([1, jnp.sum(tile.is_row)])
-        )
-    assert int(num_tiles) == np.prod(np.ceil(np.divide(shape, tile)))
-    assert int(num_rows) == np.prod(shape)
+        num_tiles, num_rows, total = np.asarray(sum_tiles(chunk, tile, TERMS, reduce))
+    assert num_tiles == np.prod(np.ceil(np.divide(shape, tile)))
+    assert num_rows == np.prod(shape)
+    assert float(total) == pytest.approx(y.sum(), rel=1e-12)
 
 
 def test_fewer_directions_than_parameters():
