@@ -124,11 +124,20 @@ def adopt(old: Any, new: Any) -> None:
             old.__code__ = new.__code__
         old.__defaults__, old.__kwdefaults__ = new.__defaults__, new.__kwdefaults__
     elif isinstance(old, type):
+        if issubclass(old, enum.Enum):
+            renumber(old, new)
         for name, part in vars(new).items():
             if isinstance(part, NUMBERS) and not issubclass(old, enum.Enum):
                 setattr(old, name, part)
             elif not name.startswith("__") or name == "__init__":
                 adopt(vars(old).get(name), part)
+
+
+def renumber(old: type[enum.Enum], new: type[enum.Enum]) -> None:
+    """Members stay who they are, and are found by the numbers of their mutants."""
+    for name, member in new.__members__.items():
+        old[name]._value_ = member.value
+    old._value2member_map_ = {new[name].value: old[name] for name in new.__members__}
 
 
 def become(mutant: Mutant) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlsq_dask.kernels.build import KernelSpec, build_kernels
-from nlsq_dask.kernels.tiles import choose_tile_shape
+from nlsq_dask.kernels.reverse import build_reverse_kernels
+from nlsq_dask.kernels.tiles import choose_tile_shape, sum_tiles
+from nlsq_dask.kernels.width import elements_per_row
 from nlsq_dask.model import Model
 from nlsq_dask.parameters.given import build_parameter_space
 from nlsq_dask.sources.base import Chunk, pad_chunk
@@ -203,3 +207,167 @@ def test_tiles_are_about_as_large_as_asked(shape, rows):
     tile = choose_tile_shape(shape, rows)
     assert all(1 <= size <= length for size, length in zip(tile, shape, strict=True))
     assert np.prod(tile) <= 2 * rows + 64
+
+
+def width_of(function, *x_shapes):
+    names = tuple(f"x{i}" for i in range(len(x_shapes)))
+    model = Model(function=function, variables=names, parameters=("a",))
+    return elements_per_row(model, x_shapes, [np.float64(1.0)])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 7), (2, 4), (3, 3), (7, 1), (0, 7)])
+def test_the_width_of_a_model_is_that_of_its_largest_array(rows, width):
+    """Rounded up; a model may also ask for 64 bits by name."""
+
+    def seven(x, a):
+        return x.astype(jnp.float64) + jnp.sum(a * jnp.arange(7.0, dtype=jnp.float64))
+
+    assert width_of(seven, (rows,)) == width
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        jax.jit,
+        jax.checkpoint,
+        lambda inner: lambda a: jax.lax.cond(a > 0, inner, lambda a: 0 * a, a),
+        lambda inner: lambda a: jax.lax.fori_loop(0, 3, lambda _, b: b + inner(a), a),
+    ],
+)
+def test_arrays_within_inner_functions_count(within):
+    inner = within(lambda a: jnp.sum(a * jnp.arange(50.0)))
+    assert width_of(lambda x, y, a: x + y + inner(a), (5, 1), (1, 2)) == 5
+
+
+def test_a_model_that_makes_no_array_is_one_wide():
+    assert width_of(lambda x, a: x, (1,)) == 1
+    assert width_of(lambda x, a: x, (1000,)) == 1
+
+
+def test_sigma_of_zero_or_less_is_counted_where_a_row_would_count():
+    sigma = np.array([1.0, 0.0, -1.0, 0.5, np.nan, 0.0])
+    y = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.nan])
+    chunk = Chunk(x=(y.copy(), np.ones(6)), y=y, sigma=sigma)
+    with jax.enable_x64(True):
+        _, rows = kernels_of(MODEL, SPACE, (4,)).normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    assert int(rows.num_bad_sigma) == 2
+    assert int(rows.num_invalid) == 2
+
+
+@pytest.mark.parametrize("loss", ["linear", "huber"])
+def test_reverse_kernels_tell_the_moments_of_the_residuals(loss):
+    rng = np.random.default_rng(6)
+    chunk = Chunk(x=tuple(rng.uniform(0, 3, (2, 50))), y=3 * rng.normal(size=50))
+    r, *_ = dense(chunk)
+    spec = KernelSpec(model=MODEL, space=SPACE, loss=loss, tile_shape=(16,), products="lanes")
+    with jax.enable_x64(True):
+        _, rows = build_reverse_kernels(spec).gradient(PARAMS, TERMS, chunk, precision="float64")
+    assert float(rows.residual_sum) == pytest.approx(r.sum())
+    assert float(rows.residual_square) == pytest.approx(r @ r)
+
+
+def diagonal_of(function, x, start):
+    """By the kernel: from gradients of small tiles with random signs."""
+    names = tuple(start)
+    model = Model(function=function, variables=("x",), parameters=names)
+    space = build_parameter_space(names, {}, start)
+    spec = KernelSpec(model=model, space=space, loss="linear", tile_shape=x.shape, products="lanes")
+    with jax.enable_x64(True):
+        kernels = build_reverse_kernels(spec)
+        return kernels.diagonal(space.p0, terms_of(1.0), Chunk(x=(x,), y=np.zeros(x.shape)))
+
+
+@pytest.mark.parametrize("num_rows", [3000, 70_000])
+def test_the_diagonal_is_estimated_where_all_rows_depend_on_a_parameter(num_rows):
+    """To √(2 / 1024), by the docstring; here within four times that."""
+    x = np.random.default_rng(2).uniform(1, 2, num_rows)
+    diagonal = diagonal_of(lambda x, a, b: a * x + b, x, {"a": 1.0, "b": 2.0})
+    np.testing.assert_allclose(diagonal, [x @ x, num_rows], rtol=4 * np.sqrt(2 / 1024))
+
+
+def test_the_diagonal_is_exact_where_rows_of_a_tile_share_no_parameter():
+    """Of 2,100 rows two make a tile: each depends on the parameter that its sign says."""
+    x = np.random.default_rng(3).uniform(1, 2, 2100) * np.tile([1.0, -1.0], 1050)
+    diagonal = diagonal_of(lambda x, a, b: jnp.where(x > 0, a * x, b * x), x, {"a": 1.0, "b": 2.0})
+    np.testing.assert_allclose(diagonal, [x[::2] @ x[::2], x[1::2] @ x[1::2]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_tile_may_be_one_row(rows):
+    """Where rows are so wide that fewer are asked for than there can be."""
+    assert choose_tile_shape((5, 1), rows) == (1, 1)
+
+
+def test_kernels_are_shared_by_what_they_compute_and_never_without_a_fingerprint():
+    spec = KernelSpec(model=MODEL, space=SPACE, loss="linear", tile_shape=(8,), products="lanes")
+    assert build_kernels(spec) is not build_kernels(spec)
+    known = replace(spec, fingerprint="of this test")
+    kernels = build_kernels(known)
+    assert build_kernels(replace(known)) is kernels
+    for other in ({"loss": "huber"}, {"tile_shape": (16,)}, {"products": "dot"}):
+        assert build_kernels(replace(known, **other)) is not kernels
+    assert build_kernels(replace(known, fingerprint="of another model")) is not kernels
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "tile"),
+    [
+        ((100,), 8, (8,)),
+        ((1000,), 300, (256,)),
+        ((1000,), 1000, (1000,)),
+        ((9, 30), 70, (2, 30)),
+        ((4, 9, 30), 60, (1, 2, 30)),
+        ((2, 30), 30, (1, 30)),
+        ((3, 100), 5, (1, 8)),
+    ],
+)
+def test_tiles_are_nearly_equal_and_walked_once(shape, rows, tile):
+    """In whole registers of eight, where there is more than one along the last axis."""
+    assert choose_tile_shape(shape, rows) == tile
+    y = np.random.default_rng(9).uniform(1, 2, shape)
+    chunk = Chunk(x=(np.ones(shape), np.ones(shape)), y=y)
+
+    def reduce(tile):
+        return jnp.stack([1.0, jnp.sum(tile.is_row), jnp.sum(tile.y, where=tile.is_row)])
+
+    with jax.enable_x64(True):
+        num_tiles, num_rows, total = np.asarray(sum_tiles(chunk, tile, TERMS, reduce))
+    assert num_tiles == np.prod(np.ceil(np.divide(shape, tile)))
+    assert num_rows == np.prod(shape)
+    assert float(total) == pytest.approx(y.sum(), rel=1e-12)
+
+
+def test_fewer_directions_than_parameters():
+    """As where a parameter is fixed: all is along the directions, which are no square."""
+    rng = np.random.default_rng(7)
+    chunk = Chunk(x=tuple(rng.uniform(0, 3, (2, 40))), y=rng.normal(size=40))
+    _, jac, _ = dense(chunk)
+    directions = np.array([[1.0, 0.5], [0.0, 2.0], [0.3, 0.0]])
+    kernels = kernels_of(MODEL, SPACE, (16,))
+    with jax.enable_x64(True):
+        normal, _ = kernels.normal_equations(PARAMS, directions, TERMS, chunk, precision="float64")
+        along = kernels.curvature(PARAMS, directions, TERMS, chunk)
+        whole = np.asarray(kernels.curvature(PARAMS, np.eye(3), TERMS, chunk))
+    whitened = jac @ directions
+    np.testing.assert_allclose(normal.gram, whitened.T @ whitened, rtol=1e-11)
+    np.testing.assert_allclose(along, directions.T @ whole @ directions, rtol=1e-11)
+
+
+def test_variables_that_broadcast_along_any_axis():
+    """Also where all the rows that one of their values belongs to are left out."""
+    rng = np.random.default_rng(8)
+    t, z = rng.uniform(0, 3, (4, 1, 1)), rng.uniform(0, 3, (1, 3, 4))
+    y = rng.normal(size=(4, 3, 4))
+    t[1], y[2], y[:, 1, 2] = np.nan, np.nan, np.inf
+    chunk = Chunk(x=(t, z), y=y)
+    r, jac, valid = dense(chunk)
+    assert valid.sum() == 2 * 11
+    with jax.enable_x64(True):
+        normal, _ = kernels_of(MODEL, SPACE, (2, 3, 4)).normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    assert int(normal.num_rows) == len(r)
+    np.testing.assert_allclose(normal.gram, jac.T @ jac, rtol=1e-11)
+    np.testing.assert_allclose(normal.grad, jac.T @ r, rtol=1e-11)

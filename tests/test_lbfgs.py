@@ -273,3 +273,193 @@ def test_endings_keep_the_numbers_that_checkpoints_hold():
     names = "running plateau gradient max_iter limit cost_guard stationary line_search not_finite"
     expected = [*names.upper().split(), "WARM_START", "CALLBACK"]
     assert [Ending(number).name for number in range(len(Ending))] == expected
+
+
+# -- what is counted, and when the counts end a descent
+
+
+def along(values, max_step=0.1, **changes):
+    """A descent whose steps of 0.1 go from each of the values to the next, down a slope of -1."""
+    grid = max_step * np.arange(len(values))
+    slide = slope_of(lambda x: np.interp(x, grid, values), lambda x: -1.0)
+    options = vary(max_step=max_step, max_iterations=len(values) - 1, **changes)
+    return descend(slide, [0.0], options, LINE, first_step=1.0)
+
+
+LINE = np.full(1, -np.inf), np.full(1, np.inf)
+FALL, CREEP = 5.0, 2e-5
+
+
+def falling(start, *falls):
+    return start - np.cumsum([0.0, *falls])
+
+
+def test_nothing_is_counted_before_the_first_step():
+    begun = begin(square, np.array([3.0, 4.0]), OPTIONS)
+    assert begun.num_evaluations == 1
+    counts = (
+        begun.count,
+        begun.num_flat,
+        begun.num_still,
+        begun.num_failing,
+        begun.num_failures,
+        begun.num_clipped,
+        begun.num_pairs,
+    )
+    assert counts == (0,) * len(counts)
+
+
+@pytest.mark.parametrize(
+    ("falls", "count"),
+    [
+        ([0.1, 0.1, 0.1, 0.1], 3),
+        ([FALL, 0.1, 0.1, 0.1, 0.1], 4),
+        ([0.1, 0.1, FALL, 0.1, 0.1, 0.1, 0.1], 6),
+    ],
+)
+def test_three_flat_iterations_in_a_row_are_a_plateau(falls, count):
+    *_, last = along(falling(1e3, *falls), warmup_iterations=0, plateau=1e-3)
+    assert last.ending is Ending.PLATEAU
+    assert last.count == count
+
+
+@pytest.mark.parametrize(
+    ("falls", "count"),
+    [
+        ([CREEP] * 4, 3),
+        ([FALL, CREEP, CREEP, CREEP, CREEP], 4),
+        ([CREEP, CREEP, FALL, CREEP, CREEP, CREEP, CREEP], 6),
+    ],
+)
+def test_three_iterations_in_a_row_without_progress_end_every_descent(falls, count):
+    *_, last = along(falling(1e4, *falls))
+    assert last.ending is Ending.STATIONARY
+    assert last.count == count
+
+
+def test_a_loss_that_stays_where_it_is_is_no_rise_and_no_better():
+    """Without a fall the search fails, but what ends the descent is that nothing moves."""
+    carries = along([0.0] * 6, cost_increase=0.0)
+    assert carries[-1].ending is Ending.STATIONARY
+    assert [carry.count for carry in carries] == [0, 1, 2, 3]
+    assert carries[-1].best.tolist() == [0.0]
+    assert carries[-1].point[0] > 0.0
+
+
+def test_the_guard_allows_a_share_of_the_first_loss_and_no_more():
+    carries = along([1.0, 1.2, 1.3, 2.5], cost_increase=0.25)
+    assert [carry.ending for carry in carries] == [Ending.RUNNING] * 2 + [Ending.COST_GUARD]
+
+
+@pytest.mark.parametrize(("max_step", "num_clipped"), [(0.5, 1), (1.0, 0), (2.0, 0)])
+def test_steps_that_are_cut_are_counted(max_step, num_clipped):
+    """The first step is 1 long, if it may be."""
+    _, carry = trials(slope_of(lambda x: -x, lambda x: -1.0), 0.0, max_step=max_step)
+    assert carry.num_clipped == num_clipped
+
+
+def quartic(point):
+    """Convex, and of another curvature along each axis and at each point."""
+    sizes = np.arange(1.0, len(point) + 1)
+    return float(sizes @ (point**2 + 0.1 * point**4)), sizes * (2 * point + 0.4 * point**3)
+
+
+def inverse_hessian(ways, turns):
+    """By BFGS's formula for matrices (Nocedal & Wright, 6.17 and 7.20), from the oldest pair."""
+    k = ways.shape[1]
+    inverse = (ways[-1] @ turns[-1]) / (turns[-1] @ turns[-1]) * np.eye(k)
+    for way, turn in zip(ways, turns, strict=True):
+        curvature = way @ turn
+        tilt = np.eye(k) - np.outer(turn, way) / curvature
+        inverse = tilt.T @ inverse @ tilt + np.outer(way, way) / curvature
+    return inverse
+
+
+@pytest.mark.parametrize("history_size", [1, 3])
+def test_steps_go_the_way_of_the_inverse_hessian_of_the_pairs_that_are_kept(history_size):
+    options = vary(history_size=history_size, max_iterations=8)
+    box = np.full(4, -np.inf), np.full(4, np.inf)
+    carries = descend(quartic, [1.0, -2.0, 0.5, 1.5], options, box)
+    for before, after in itertools.pairwise(carries):
+        assert after.num_pairs == after.count  # convex: every step is worth keeping
+        assert len(after.ways) == min(after.count, history_size)
+        np.testing.assert_array_equal(after.ways[-1], after.point - before.point)
+        np.testing.assert_array_equal(after.turns[-1], after.grad - before.grad)
+        if before.count:
+            way = -inverse_hessian(before.ways, before.turns) @ before.grad
+            np.testing.assert_allclose(
+                after.ways[-1] / np.linalg.norm(after.ways[-1]),
+                way / np.linalg.norm(way),
+                atol=1e-9,
+            )
+
+
+# -- the line search, once more
+
+
+def bend_at_two(x):
+    """Down at a slope of -1 as far as 2, from there a parabola with its lowest point at 2.5."""
+    return -x if x <= 2 else -2 - (x - 2) + (x - 2) ** 2
+
+
+@pytest.mark.parametrize("search", ["wolfe", "strong_wolfe"])
+def test_steps_are_doubled_and_a_wide_bracket_is_interpolated(search):
+    bent = slope_of(bend_at_two, lambda x: -1.0 if x <= 2 else 2 * x - 5)
+    tried, carry = trials(bent, 0.0, line_search=search)
+    np.testing.assert_allclose(tried, [1.0, 2.0, 4.0, 2.5])
+    assert carry.num_failures == 0
+
+
+@pytest.mark.parametrize("search", ["wolfe", "strong_wolfe"])
+def test_steps_are_doubled_no_further_than_allowed(search):
+    slide = slope_of(lambda x: -x, lambda x: -1.0)
+    tried, carry = trials(slide, 0.0, line_search=search, first_step=0.5, max_step=3.0)
+    assert tried == [0.5, 1.0, 2.0, 3.0]
+    assert carry.num_clipped == carry.num_failures == 0
+
+
+def test_the_next_trial_is_no_nearer_than_a_tenth_of_the_bracket():
+    """The lowest point of the parabola is at a fortieth of it."""
+    parabola = slope_of(lambda x: x**2, lambda x: 2 * x)
+    tried, _ = trials(parabola, 1.0, first_step=20.0)
+    np.testing.assert_allclose(tried[:2], [-39.0, -3.0])
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_step_that_vanishes_in_rounding_is_neither_searched_nor_a_failure(search):
+    slide = slope_of(lambda x: 1e-100 * x, lambda x: 1e-100)
+    tried, carry = trials(slide, 1.0, line_search=search, first_step=1e-300, max_step=0.1)
+    assert tried == [1.0]
+    assert carry.num_failures == 0
+    assert carry.num_still == 1
+
+
+@pytest.mark.parametrize(("steepness", "is_steep_enough"), [(1.0, True), (0.2, False)])
+def test_what_a_bound_stops_adds_nothing_to_the_slope(steepness, is_steep_enough):
+    """Of the slope along both axes, the second's share is lost at once: is enough of it lost?"""
+    seen = []
+
+    def plane(point):
+        seen.append(point)
+        return float(-point[0] - steepness * point[1]), np.array([-1.0, -steepness])
+
+    box = np.full(2, -np.inf), np.array([np.inf, 0.01])
+    options = vary(max_step=4.0)
+    carry = iterate(plane, begin(plane, np.zeros(2), options), 1.0, box, options)
+    np.testing.assert_allclose(seen[1], [1.0, 0.01])
+    assert (len(seen) == 2) is is_steep_enough
+    assert carry.point[0] == (1.0 if is_steep_enough else pytest.approx(4 / np.hypot(1, 0.2)))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_point_without_a_gradient_is_avoided_however_low(search):
+    """The root has a value at zero, and no slope there."""
+
+    def root(point):
+        with np.errstate(divide="ignore"):
+            return float(point[0] - np.sqrt(point[0])), 1 - 0.5 / np.sqrt(point)
+
+    box = np.zeros(1), np.full(1, np.inf)
+    *_, last = descend(root, [4.0], vary(line_search=search), box, first_step=10.0)
+    assert last.ending is Ending.STATIONARY
+    np.testing.assert_allclose(last.best, [0.25], atol=1e-3)

@@ -20,7 +20,7 @@ from nlsq_dask.solvers.quadratic import (
     spectrum_of,
 )
 from nlsq_dask.solvers.subproblem import solve_subproblem
-from nlsq_dask.solvers.trust_region import Evaluation
+from nlsq_dask.solvers.trust_region import Evaluation, TrustRegion
 from nlsq_dask.status import Status
 from test_solver import evaluate_with, make_normal, make_solver, rosenbrock, rosenbrock_jacobian
 
@@ -332,6 +332,14 @@ def test_the_first_radius_is_relative_to_the_scaled_start(initial_radius, start)
     assert state.contraction is None
 
 
+def test_the_first_radius_is_that_of_the_start_unless_told_otherwise():
+    evaluate = evaluate_with(rosenbrock, rosenbrock_jacobian)
+    solver, start = make_solver(2), np.array([-1.0, 1.0])
+    plain = TrustRegion(bounds=solver.bounds, tolerances=solver.tolerances)
+    length = np.linalg.norm(np.linalg.norm(rosenbrock_jacobian(start), axis=0) * start)
+    assert plain.init(evaluate(start, np.eye(2))).radius == pytest.approx(length)
+
+
 def test_a_start_that_is_not_finite_is_said():
     evaluate = evaluate_with(lambda p: rosenbrock(p) * np.nan, rosenbrock_jacobian)
     state = make_solver(2).init(evaluate(np.ones(2), np.eye(2)))
@@ -342,6 +350,7 @@ def test_a_start_that_is_not_finite_is_said():
     assert state.cosines.tolist() == [0.0, 0.0]
     assert state.num_trials == state.num_accepted == 0
     assert state.newton_reduction == 0.0
+    assert state.radius == state.step.scaled_norm == state.step.damping == 0.0
 
 
 def test_a_solve_that_ran_out_goes_on_under_a_wider_limit():
@@ -401,6 +410,33 @@ def test_a_column_that_no_row_sees_has_no_angle():
     evaluate = evaluate_with(lambda p: jac @ p - 1.0, lambda p: jac)
     state = make_solver(2).init(evaluate(np.zeros(2), np.eye(2)))
     assert state.cosines.tolist() == [pytest.approx(-6 / np.sqrt(14 * 3)), 0.0]
+
+
+def test_as_many_rows_as_parameters_have_no_standard_error():
+    jac = np.diag([2.0, 3.0])
+    state = make_solver(2).init(
+        evaluate_with(lambda p: jac @ p - 1.0, lambda p: jac)(np.zeros(2), np.eye(2))
+    )
+    assert state.distance == INF
+
+
+def test_only_a_solve_that_has_converged_says_what_is_not_identified():
+    def bent(p):
+        return np.array([p[0] ** 2 - 2.0, p[0] - 1.0, 0.5])
+
+    evaluate = evaluate_with(bent, lambda p: np.array([[2 * p[0], 0.0], [1.0, 0.0], [0.0, 0.0]]))
+    states = []
+
+    def after(state):
+        states.append(state.status)
+        return state
+
+    solver = make_solver(2)
+    begun = solver.init(evaluate(np.array([5.0, 1.0]), np.eye(2)))
+    assert begun.status is Status.RUNNING
+    minimize(evaluate, solver, begun, after)
+    assert states == [*[Status.RUNNING] * (len(states) - 1), Status.UNIDENTIFIED]
+    assert len(states) > 2
 
 
 def test_where_bounds_hold_every_parameter_nothing_is_left_to_gain():

@@ -404,6 +404,66 @@ def test_as_many_rows_as_parameters_have_no_standard_error():
     assert state.newton_reduction == INF
 
 
+def slope_at(params, grad, cost):
+    """Of six rows; M is the unit matrix."""
+    normal = CostGradient(cost=np.float64(cost), grad=np.array(grad), num_rows=np.int64(6))
+    return Slope(params=params, normal=normal, precondition=Approximate(np.eye(2)))
+
+
+def test_the_distance_is_that_of_the_step_and_of_what_is_left():
+    """By hand: of one product with diag(1, 1/4), where M promised the unit matrix.
+
+    The step is -1.6 (1, 1), the residual ±0.6, and the Ritz value 1 / 1.6.
+    """
+    solver = make_solver(2, max_products=1, initial_radius=1e6)
+    state = solver.init(slope_at(np.ones(2), [1.0, 1.0], 8.0))
+    assert state.residual_scale == 2.0
+    assert state.distance == pytest.approx(np.sqrt(2) / 2)
+    hessian = np.diag([1.0, 0.25])
+    state = solver.update(state, Products(products=state.question[1] @ hessian))
+    np.testing.assert_allclose(state.trial, -0.6 * np.ones(2))
+    assert state.distance == pytest.approx(np.sqrt(1.6**2 * 1.25 + 2 * 0.6**2 * 1.6) / 2)
+    # At the next point M is trusted no more than it was good for.
+    cost = 8.0 - state.step.reduction
+    state = solver.update(state, slope_at(state.trial, [0.3, 0.4], cost))
+    assert state.was_accepted
+    assert state.distance == pytest.approx(np.sqrt(0.5**2 * 1.6) / np.sqrt(cost / 2))
+
+
+def test_a_step_that_is_cut_says_nothing_of_the_distance():
+    solver = make_solver(2, initial_radius=0.01)
+    state = solver.init(slope_at(np.ones(2), [1.0, 1.0], 8.0))
+    cut = solver.update(state, Products(products=state.question[1]))
+    assert not cut.step.is_newton
+    assert cut.distance == state.distance
+
+
+def test_penalties_are_no_part_of_the_data():
+    slope = BENT.slope(np.array([-1.0, 1.5]))
+    plain = make_solver(2).init(slope)
+    state = make_solver(2).init(replace(slope, penalty_cost=0.75))
+    assert state.data_cost == state.cost - 0.75
+    share = np.sqrt(plain.cost / state.data_cost)
+    assert state.distance == pytest.approx(plain.distance * share)
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_no_product_is_spent_below_the_absolute_tolerance(size):
+    """Which is in standard errors, whatever their size."""
+    rows, jac, y = linear(5, 30, wrong=1.0)
+    told = Rows(lambda p: size * (jac @ p - y), lambda p: size * jac, wrong=1.0)
+    for one in (rows, told):
+        solver = make_solver(
+            30, initial_radius=1e6, relative_tolerance=1e-30, absolute_tolerance=1e-3
+        )
+        state = solver.init(one.slope(np.ones(30)))
+        tolerance = 1e-3 * state.residual_scale
+        while state.is_multiplying:
+            assert state.conjugate.length > tolerance
+            state = solver.update(state, one.answer(*state.question))
+        assert state.conjugate.length <= tolerance
+
+
 def test_where_bounds_hold_every_parameter_nothing_is_left_to_gain():
     rows = Rows(lambda p: np.array([p[0] - 3.0, 1.0, p[0]]), lambda p: np.array([[1.0], [0], [1]]))
     state = rows.solve([0.5], ([0.0], [1.0]))

@@ -7,11 +7,10 @@ nothing again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nlsq_dask._typing import Array, Float
 from nlsq_dask.config import Precision
@@ -132,16 +131,20 @@ def _diagonal(
     gradient for each row, which would be exact, takes up to 64 times as long.
     """
     rows = max(1, min(_MAX_DIAGONAL_ROWS, chunk.y.size // _MIN_DIAGONAL_TILES))
-    tile_shape = (rows,)
-    sign = np.random.default_rng(0).choice([-1.0, 1.0], tile_shape)
+    # A column of the rows: signs that are the same in each tile would be wrong alike in each,
+    # and where all rows depend on a parameter alike, their sum may be zero.
+    bits = jax.random.bits(jax.random.key(0), chunk.y.shape, jnp.uint8)
+    signed = replace(chunk, x=(*chunk.x, 1 - 2 * (bits & 1).astype(jnp.int8)))
+    filled = replace(terms, fill=jnp.append(terms.fill, 1.0))
 
     def reduce(tile: Tile) -> Float[Array, " n"]:
-        function = residual_function(spec.model, spec.space, tile)
+        *x, sign = tile.x
+        function = residual_function(spec.model, spec.space, replace(tile, x=tuple(x)))
         residual, pull = jax.vjp(function, params)
         (grad,) = pull(sign * jnp.sqrt(_curvature(spec, residual, terms)))
         return jnp.asarray(grad**2)
 
-    return sum_tiles(chunk, tile_shape, terms, reduce)
+    return sum_tiles(signed, (rows,), filled, reduce)
 
 
 def _curvature(spec: KernelSpec, residual: Float[Array, ...], terms: RowTerms) -> Float[Array, ...]:

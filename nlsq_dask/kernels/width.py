@@ -21,16 +21,17 @@ def elements_per_row(model: Model, x_shapes: Sequence[Shape], params: Sequence[A
     Traced, never computed: 1 where each row looks a few parameters up, `n` where it is a sum
     over all of them. Reverse mode keeps such arrays for the way back.
     """
-    rows = math.prod(max(axis) for axis in zip(*x_shapes, strict=True)) if x_shapes else 1
+    rows = math.prod(max(axis) for axis in zip(*x_shapes, strict=True))
     with jax.enable_x64(True):
         x = [abstract(shape) for shape in x_shapes]
         closed = jax.make_jaxpr(model)(x, tuple(params))
-    return max(1, -(-_largest(closed.jaxpr) // max(rows, 1)))
+    width: int = -(-_largest(closed.jaxpr) // max(rows, 1))
+    return width
 
 
 def _largest(jaxpr: Any) -> int:
-    """Over all equations, those of inner functions included."""
-    sizes = [0]
+    """Over all equations, those of inner functions included; at least 1."""
+    sizes = [1]
     for equation in jaxpr.eqns:
         sizes += [math.prod(out.aval.shape) for out in equation.outvars]
         sizes += [_largest(inner) for inner in _inner(equation.params)]

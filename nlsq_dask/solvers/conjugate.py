@@ -284,5 +284,5 @@ def _share_within(state: Conjugate, vector: Vector, radius: float) -> float:
     if not np.linalg.norm(start + way) > radius:
         return 1.0
     a, b, c = float(way @ way), float(start @ way), float(start @ start) - radius**2
-    root = np.sqrt(max(b * b - a * c, 0.0))
-    return float(-c / (b + root)) if b > 0 else float((root - b) / a)
+    # What cancels here moves the step by no more than the rounding of the radius.
+    return float((np.sqrt(max(b * b - a * c, 0.0)) - b) / a)

@@ -38,6 +38,7 @@ _CURVATURE = 0.9  # of the slope may be left: loose, as the direction is nearly 
 _MAX_TRIALS = 16
 _FLAT_ITERATIONS = 3  # on a plateau: one short step says nothing
 _FAILED_SEARCHES = 3
+_TINY = float(np.finfo(np.float64).tiny)
 _STATIONARY = 1e-8  # relative fall of the loss: what is left is for Levenberg-Marquardt
 
 
@@ -135,7 +136,7 @@ def begin(evaluate: Evaluate, start: Float[np.ndarray, " k"], options: DescentOp
         num_pairs=0,
         ending=Ending.RUNNING,
     )
-    if not np.isfinite(value + np.linalg.norm(grad)):
+    if not np.isfinite([value, float(np.linalg.norm(grad))]).all():
         return replace(carry, ending=Ending.NOT_FINITE)
     return replace(carry, ending=Ending.LIMIT) if options.max_iterations == 0 else carry
 
@@ -166,7 +167,7 @@ def iterate(
     is_too_long = length > options.max_step
     if is_too_long:
         direction, length = direction * (options.max_step / length), options.max_step
-    room = max(options.max_step / length, 1.0) if length > 0 else 1.0
+    room = options.max_step / max(length, _TINY)
     path = _Path(evaluate, carry, free, direction, bounds)
     trial, has_failed = path.search(options.line_search, room)
     stepped = replace(
@@ -241,7 +242,7 @@ def _move(carry: Carry, trial: _Trial, options: DescentOptions) -> Carry:
 def _ending(carry: Carry, bounds: Box, options: DescentOptions) -> Ending:
     """The first of these that is met."""
     norm = float(np.linalg.norm(_free_gradient(carry.point, carry.grad, bounds)))
-    if not np.isfinite(carry.value + norm):
+    if not np.isfinite([carry.value, norm]).all():
         return Ending.NOT_FINITE
     if carry.value > carry.start_value * (1 + options.cost_increase):
         return Ending.COST_GUARD
