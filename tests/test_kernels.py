@@ -371,3 +371,28 @@ def test_variables_that_broadcast_along_any_axis():
     assert int(normal.num_rows) == len(r)
     np.testing.assert_allclose(normal.gram, jac.T @ jac, rtol=1e-11)
     np.testing.assert_allclose(normal.grad, jac.T @ r, rtol=1e-11)
+
+
+@pytest.mark.parametrize("loss", ["linear", "cauchy"])
+def test_rows_that_are_handed_out_come_to_the_normal_equations(loss):
+    """The residual and its cost beside them only where the target is another."""
+    rng = np.random.default_rng(8)
+    x, y = rng.uniform(0, 3, (2, 30)), 3 * rng.normal(size=30)
+    y[4] = np.nan
+    chunk = Chunk(x=tuple(x), y=y)
+    kernels = kernels_of(MODEL, SPACE, (8,), loss)
+    with jax.enable_x64(True):
+        rows = jax.device_get(kernels.linearisation(PARAMS, np.eye(3), TERMS, chunk))
+        normal, counts = kernels.normal_equations(
+            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        )
+    np.testing.assert_allclose(rows.jac @ rows.jac.T, normal.gram, rtol=1e-12)
+    np.testing.assert_allclose(rows.jac @ rows.target, normal.grad, rtol=1e-12)
+    assert np.flatnonzero(~rows.is_row).tolist() == [4]
+    residual = rows.target
+    if loss == "linear":
+        assert rows.robust is None
+    else:
+        residual, cost = rows.robust
+        assert float(cost.sum()) == pytest.approx(float(normal.cost))
+    assert float(residual.sum()) == pytest.approx(float(counts.residual_sum))

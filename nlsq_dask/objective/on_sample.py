@@ -184,16 +184,15 @@ class SampleObjective:
         everything = self.problem.space.expand(params)
         directions = self.problem.directions(whitening)
         kernel = self._home.kernels.curvature
-        halves = []
-        with jax.enable_x64(True):
-            for blocks in self.sample.halves:
-                parts = [
-                    np.asarray(kernel(everything, directions, self.terms, self.block(i)))
-                    for i in blocks
-                ]
-                halves.append(sum(parts))
-        if self.sample.halves[0] == self.sample.halves[1]:
-            return np.asarray(halves[0])
+
+        def summed(blocks: range) -> Float[np.ndarray, "k k"]:
+            with jax.enable_x64(True):
+                parts = [kernel(everything, directions, self.terms, self.block(i)) for i in blocks]
+                return np.asarray(sum(map(np.asarray, parts)))
+
+        halves = [summed(blocks) for blocks in dict.fromkeys(self.sample.halves)]
+        if len(halves) == 1:  # of all rows there are, and no noise beside theirs
+            return halves[0]
         total, difference = halves[0] + halves[1], halves[0] - halves[1]
         signal, noise = float(np.sum(total**2)), float(np.sum(difference**2))
         return np.asarray(max(0.0, 1.0 - noise / signal) * total if signal > 0 else total)
