@@ -54,7 +54,7 @@ class HybridStreamingConfig:
     max_warmup_iterations : int
         L-BFGS iterations on the sample, at most, from each start; 0 leaves L-BFGS out.
     loss_plateau_threshold : float
-        The loss is on a plateau when it falls by less than this share of itself per iteration.
+        The loss is on a plateau when it falls by at most this share of itself per iteration.
     gradient_norm_threshold : float
         Of the loss over the variance of `y`, in normalized space.
     active_switching_criteria : sequence of {"plateau", "gradient", "max_iter"}
