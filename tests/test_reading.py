@@ -32,7 +32,9 @@ from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.normal_equations import CostGradient, RowStatistics, Sums
 from nlsq_dask.sources import transport
 from nlsq_dask.sources.base import pad_chunk
-from nlsq_dask.sources.buffers import BufferPool, aligned_empty, is_aligned
+from nlsq_dask.sources.buffers import BufferPool, aligned_empty, is_aligned, lending
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.xarray import column_of
 
 ROWS = 20_000
 
@@ -155,6 +157,78 @@ def test_padding_repeats_edges(have, more, is_broadcast):
 def test_what_is_aligned_already_is_not_copied():
     y = aligned_empty((10,), np.dtype(float))
     assert pad_chunk(Chunk(x=(), y=y), (10,)).y is y
+
+
+STORED = {
+    "rows": np.arange(3000.0) ** 0.5,
+    "singles": np.linspace(0, 1, 3000, dtype="f4"),
+    "counts": np.arange(-1500, 1500),
+    "cube": np.random.default_rng(0).normal(size=(10, 12, 25)),
+}
+
+
+def stored_column(values, path, **encoding):
+    chunks = tuple(min(7, length) for length in values.shape)
+    y = xr.Variable(tuple("tab")[: values.ndim], values)
+    encoding = {"y": {"chunks": chunks} | encoding}
+    xr.Dataset({"y": y}).to_zarr(path, consolidated=False, encoding=encoding)
+    return column_of("y", xr.open_zarr(path, chunks=None, consolidated=False).y.variable)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("kind", STORED)
+def test_zarr_decodes_into_memory_that_is_lent(kind, zarr_format, tmp_path):
+    values = STORED[kind]
+    with zarr.config.set(default_zarr_format=zarr_format):
+        column = stored_column(values, tmp_path / "y.zarr")
+    lent = []
+
+    def empty(shape, dtype):
+        lent.append(aligned_empty(shape, dtype))
+        return lent[-1]
+
+    rectangles = [slice(None), slice(3, 10), slice(0, 1), slice(5, 5)]
+    for part in rectangles:
+        index = (part,) * values.ndim
+        with lending(empty):
+            read = column.read(index)
+        assert np.shares_memory(read, lent[-1]) or not read.size
+        np.testing.assert_array_equal(read, values[index], strict=True)
+        np.testing.assert_array_equal(column.read(index), values[index], strict=True)
+    assert len(lent) == len(rectangles)
+
+
+def test_what_is_missing_is_filled_in_memory_that_is_lent(tmp_path):
+    column = stored_column(STORED["rows"], tmp_path / "y.zarr", fill_value=-5.0)
+    (tmp_path / "y.zarr" / "y" / "c" / "1").unlink()
+    with lending(lambda shape, dtype: np.full(shape, 77.0, dtype)):
+        read = column.read((slice(0, 21),))
+    np.testing.assert_array_equal(read[7:14], -5.0)
+    np.testing.assert_array_equal(read[:7], STORED["rows"][:7])
+
+
+def test_what_xarray_decodes_is_not_what_was_lent(tmp_path):
+    values = np.where(np.arange(40) == 3, np.nan, np.arange(40) / 4)
+    packing = {"dtype": "i2", "scale_factor": 0.25, "add_offset": 1.0, "_FillValue": -1000}
+    packed = stored_column(values, tmp_path / "packed.zarr", **packing)
+    swapped = stored_column(values.astype(">f8"), tmp_path / "swapped.zarr")
+    with lending(aligned_empty):
+        for column in (packed, swapped):
+            np.testing.assert_array_equal(column.read((slice(0, 40),)), values)
+
+
+def test_a_leaf_of_a_zarr_store_is_decoded_where_jax_takes_it(tmp_path, monkeypatch):
+    values = np.arange(60_000.0)
+    y = stored_column(values, tmp_path / "y.zarr", chunks=(20_000,))
+    x = stored_column(-values, tmp_path / "x.zarr", chunks=(10_000,))
+    source = GridSource(variables=("x",), x=(x,), y=y, leaf_shape=(20_000,))
+    lent = []
+    empty = BufferPool.empty
+    monkeypatch.setattr(BufferPool, "empty", lambda *args: lent.append(empty(*args)) or lent[-1])
+    chunk = ChunkReader(source, cache_bytes=0, prefetch=False).fetch(1)
+    np.testing.assert_array_equal(chunk.x[0], -values[20_000:40_000])
+    assert all(map(np.shares_memory, (*chunk.x, chunk.y), lent))
+    assert len(lent) == 2
 
 
 # -- reading

@@ -20,7 +20,7 @@ import numpy as np
 
 from nlsq_dask.errors import DataChangedError
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
-from nlsq_dask.sources.buffers import BufferPool
+from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import places_of, transports_of
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.marks import mark_of
@@ -247,7 +247,7 @@ class ChunkReader:
 
     def _read(self, index: int, blocks: Blocks | None) -> Chunk:
         source = self._source
-        with at_chunk(index):
+        with at_chunk(index), lending(self._pool.empty):
             if blocks is None:
                 return check_chunk(source.read(index), source, index)
             assert isinstance(source, GridSource)

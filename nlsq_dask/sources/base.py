@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from nlsq_dask._typing import Array, Bool, Float, Index, Int, Shape
 from nlsq_dask.errors import DataError
-from nlsq_dask.sources.buffers import aligned_empty, is_aligned
+from nlsq_dask.sources.buffers import Empty, aligned_empty, is_aligned
 
 __all__ = [
     "Chunk",
@@ -141,9 +140,7 @@ def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
     return chunk
 
 
-def pad_chunk(
-    chunk: Chunk, shape: Shape, empty: Callable[[Shape, np.dtype], np.ndarray] = aligned_empty
-) -> Chunk:
+def pad_chunk(chunk: Chunk, shape: Shape, empty: Empty = aligned_empty) -> Chunk:
     """Pad a ragged chunk to `shape`, so that one compiled kernel serves all chunks.
 
     The padding repeats edge values, at which the model is as defined as in the chunk itself;

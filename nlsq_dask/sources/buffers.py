@@ -10,13 +10,18 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nlsq_dask._typing import Shape
 
-__all__ = ["ALIGNMENT", "BufferPool", "aligned_empty", "is_aligned"]
+__all__ = ["ALIGNMENT", "BufferPool", "Empty", "aligned_empty", "is_aligned", "lender", "lending"]
+
+Empty: TypeAlias = Callable[[Shape, np.dtype], np.ndarray]  # as `numpy.empty`
 
 ALIGNMENT = 64
 _MIN_POOLED_BYTES = 2**16  # smaller ones stay within pages that are mapped already
@@ -34,6 +39,24 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """As `numpy.empty`, beginning at a multiple of `ALIGNMENT` bytes."""
     num_bytes = math.prod(shape) * dtype.itemsize
     return _begin(_block(num_bytes), num_bytes).view(dtype).reshape(shape)
+
+
+_LENDER: ContextVar[Empty | None] = ContextVar("nlsq_dask_lender", default=None)
+
+
+@contextmanager
+def lending(empty: Empty) -> Iterator[None]:
+    """Let columns that are read by the code within write into memory of `empty`."""
+    token = _LENDER.set(empty)
+    try:
+        yield
+    finally:
+        _LENDER.reset(token)
+
+
+def lender() -> Empty | None:
+    """What lends memory to a column that is being read; None where it is to take its own."""
+    return _LENDER.get()
 
 
 class BufferPool:

@@ -1,7 +1,8 @@
-"""A store of Zarr's, watched while chunks are read: what fails for a moment, and what is missing.
+"""Zarr's arrays as they are read here: their stores watched, and into memory that is at hand.
 
-Zarr takes a chunk that does not exist for one that was never written, and fills it. That is the
-format's rule, and who reads sees nothing of it; here its key goes to the reader's log.
+What fails for a moment is tried again. Zarr takes a chunk that does not exist for one that was
+never written, and fills it; that is the format's rule, and who reads sees nothing of it: its key
+goes to the reader's log. Decoded into memory that JAX takes as it is, rows are not copied again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import xarray as xr
 import zarr
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import StorePath, WrapperStore
 
+from nlsq_dask.sources.buffers import lender
 from nlsq_dask.sources.retrying import current_log, pauses
 from nlsq_dask.sources.transport import (
     is_transient,
@@ -26,7 +28,7 @@ from nlsq_dask.sources.transport import (
     transport_of_store,
 )
 
-__all__ = ["WatchedStore", "watched"]
+__all__ = ["LentArray", "WatchedStore", "watched"]
 
 _LOGGER = logging.getLogger("nlsq_dask")
 
@@ -56,6 +58,27 @@ class WatchedStore(WrapperStore[ZarrStore]):
             await asyncio.sleep(wait)
 
 
+class LentArray(zarr.Array[Any]):
+    """Decodes rectangles into memory of the reader's, where it lends any."""
+
+    def __getitem__(self, selection: Any) -> Any:
+        empty = lender()
+        if empty is None or self.dtype.kind not in "iuf" or not _is_rectangle(selection, self.ndim):
+            return super().__getitem__(selection)
+        parts = zip(selection, self.shape, strict=True)
+        shape = tuple(len(range(*part.indices(length))) for part, length in parts)
+        buffer = default_buffer_prototype().nd_buffer.from_numpy_array(empty(shape, self.dtype))
+        return self.get_basic_selection(selection, out=buffer)
+
+
+def _is_rectangle(selection: Any, ndim: int) -> bool:
+    return (
+        isinstance(selection, tuple)
+        and len(selection) == ndim > 0
+        and all(isinstance(part, slice) for part in selection)
+    )
+
+
 def watched(variable: xr.Variable) -> xr.Variable:
     """The same variable, its store watched where it is one of Zarr's. Nothing is read."""
     watching = _watching(variable._data)
@@ -82,5 +105,5 @@ def _watching(given: Any) -> Any:
     path = StorePath(WatchedStore(array.store_path.store), array.store_path.path)
     object.__setattr__(watching, "store_path", path)  # frozen, as are arrays of Zarr's
     backend = copy.copy(given)
-    backend._array = zarr.Array(watching)
+    backend._array = LentArray(watching)
     return backend
