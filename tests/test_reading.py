@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from dataclasses import dataclass, field
 
 import jax
@@ -460,12 +461,36 @@ def test_many_leaves_are_asked_for_at_once_where_they_come_late(comes_late, tmp_
     assert (SlowStore.most > columns * threads * 2) is comes_late
 
 
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_two_threads_read_where_reading_takes_longer_than_computing(is_slow):
+    at_once, most = 0, 0
+    lock = threading.Lock()
+
+    class Timed(Numbered):
+        def read(self, index: int) -> Chunk:
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            if is_slow:
+                time.sleep(0.05)
+            chunk = super().read(index)
+            with lock:
+                at_once -= 1
+            return chunk
+
+    reader = ChunkReader(Timed(num_chunks=10), cache_bytes=0, prefetch=True)
+    for _ in reader.stream(range(10), Meter()):
+        time.sleep(0.0 if is_slow else 0.05)
+    assert most == (2 if is_slow else 1)
+
+
 def test_what_is_under_way_is_counted_in_the_projection(monkeypatch):
     t, y = problems.make_decay(1_000)
     source = fit_dataset(problems.dataset(t, y), problems.decay, y="y", p0=problems.P0).session
     source = source.problem.source
     leaf_bytes = 2**20
-    assert (count_ahead(source, leaf_bytes), reading_bytes(source, leaf_bytes)) == (2, 5 * 2**20)
+    assert (count_ahead(source, leaf_bytes), reading_bytes(source, leaf_bytes)) == (2, 6 * 2**20)
     monkeypatch.setattr("nlsq_dask.evaluate.reading.transports_of", lambda _: ["obstore"])
     assert (count_ahead(source, leaf_bytes), reading_bytes(source, leaf_bytes)) == (16, 48 * 2**20)
     assert count_ahead(source, 2**23) == 8

@@ -54,7 +54,7 @@ class RangeReport:
     nodes: dict[Node, Sums]
     bins: dict[Node, Bin]
     bytes_read: int
-    read_seconds: float  # in the reading thread, beside the computing
+    read_seconds: float  # in the reading threads, beside the computing
     busy_seconds: float
     num_compilations: int
     peak_memory_bytes: int

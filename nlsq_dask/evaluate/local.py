@@ -125,7 +125,7 @@ class LocalEvaluator:
                 on_leaf(1)
                 return value
 
-            num_threads = max(self._num_threads, self._home.reader.num_threads)
+            num_threads = max(self._num_threads, self._home.reader.num_ahead)
             threads = ThreadPoolExecutor(num_threads, thread_name_prefix="nlsq-map")
             try:
                 return list(threads.map(apply, indices))

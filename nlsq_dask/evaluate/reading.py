@@ -40,7 +40,10 @@ __all__ = [
 
 Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
 
-_NUM_AHEAD = 2  # leaves that may be ready before they are needed
+# Leaves that are being read or ready before they are needed, each by a thread of its own: one,
+# where computing takes longer; more would only take the processor from it.
+_NUM_AHEAD = 2
+_MUCH_WAITING = 1 / 3  # of the time, for chunks
 # Of a store that answers late, as many are asked for at once as come to this.
 _AHEAD_BYTES = 2**26
 _MOST_AHEAD = 16
@@ -55,7 +58,7 @@ class Meter:
     """What a range of leaves took."""
 
     bytes_read: int = 0
-    read_seconds: float = 0.0  # in the reading thread, beside the computing
+    read_seconds: float = 0.0  # in the reading threads, beside the computing
     num_compilations: int = 0
     num_retries: int = 0
     marks: dict[int, int] = field(default_factory=dict)  # by leaf
@@ -65,6 +68,30 @@ class Meter:
     def some_missing(self) -> frozenset[str]:
         """Keys of chunks that the store does not have, so many at most as are sent."""
         return frozenset(sorted(self.missing)[:_MOST_MISSING])
+
+
+class _Pace:
+    """How much of the time, since the first chunk was there, went by waiting for the next."""
+
+    def __init__(self) -> None:
+        self._begun: float | None = None
+        self._waited = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether reading takes so much longer than computing that two threads should read."""
+        if self._begun is None:
+            return False
+        return self._waited > _MUCH_WAITING * (time.perf_counter() - self._begun)
+
+    def wait_for(self, chunk: Future[Chunk]) -> Chunk:
+        asked = time.perf_counter()
+        arrived = chunk.result()
+        if self._begun is None:
+            self._begun = time.perf_counter()
+        else:
+            self._waited += time.perf_counter() - asked
+        return arrived
 
 
 def count_ahead(source: Source, leaf_bytes: int) -> int:
@@ -86,10 +113,7 @@ def _is_far(source: Source) -> bool:
 
 def reading_bytes(source: Source, leaf_bytes: int) -> int:
     """Of leaves that are being read or are ready, beside the one that is computed."""
-    ahead = count_ahead(source, leaf_bytes)
-    if ahead == _NUM_AHEAD:  # by one thread
-        return (_COPIES_READING + _NUM_AHEAD) * leaf_bytes
-    return ahead * _COPIES_READING * leaf_bytes
+    return count_ahead(source, leaf_bytes) * _COPIES_READING * leaf_bytes
 
 
 class ChunkReader:
@@ -98,7 +122,7 @@ class ChunkReader:
     All of it can be rebuilt. Chunks are admitted until `cache_bytes` are full and dropped when
     the process no longer owns them; on a cyclic scan, dropping the least recently used one
     would drop each just before it is needed. With a `device`, chunks are moved there by the
-    reading thread, and `device_bytes` of them stay.
+    thread that reads them, and `device_bytes` of them stay.
     """
 
     def __init__(
@@ -116,8 +140,7 @@ class ChunkReader:
         self._may_retry = may_retry
         self._is_far = _is_far(source)
         self._prefetch = prefetch
-        self._num_ahead = num_ahead
-        self.num_threads = 1 if num_ahead == _NUM_AHEAD else num_ahead
+        self.num_ahead = num_ahead
         self.device = device
         self._room = cache_bytes
         self._device_room = device_bytes
@@ -176,13 +199,19 @@ class ChunkReader:
             return
         ahead = iter(missing)
         pending: deque[Future[Chunk]] = deque()
-        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="nlsq-read") as reader:
+        pace = _Pace()
+        with ThreadPoolExecutor(self.num_ahead, thread_name_prefix="nlsq-read") as reader:
+
+            def read_more() -> None:
+                most = self.num_ahead if self._is_far or pace.is_waiting else 1
+                more = itertools.islice(ahead, max(most - len(pending), 0))
+                pending.extend(reader.submit(read, i) for i in more)
+
             try:
-                first = itertools.islice(ahead, self._num_ahead)
-                pending.extend(reader.submit(read, i) for i in first)
+                read_more()
                 while pending:
-                    chunk = pending.popleft().result()
-                    pending.extend(reader.submit(read, i) for i in itertools.islice(ahead, 1))
+                    chunk = pace.wait_for(pending.popleft())
+                    read_more()
                     yield chunk
             finally:  # after an error, nothing more is read
                 for future in pending:
@@ -201,8 +230,9 @@ class ChunkReader:
         start = time.perf_counter()
         chunk = self._read_alike(index, blocks, meter)
         placed = self._place(chunk)
-        meter.read_seconds += time.perf_counter() - start
-        meter.bytes_read += chunk.nbytes
+        with self._lock:
+            meter.read_seconds += time.perf_counter() - start
+            meter.bytes_read += chunk.nbytes
         self._note(index, meter)
         if may_cache:
             self._admit(index, chunk, placed)
@@ -232,7 +262,8 @@ class ChunkReader:
                         "its codecs (crc32c) would tell at once"
                     )
                 time.sleep(wait)
-        meter.num_retries += log.num_retries
+        with self._lock:
+            meter.num_retries += log.num_retries
         if log.missing:
             self._missing[index] = frozenset(sorted(log.missing)[:_MOST_MISSING])
         return chunk
