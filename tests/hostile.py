@@ -2,7 +2,7 @@
 their own, with limits on memory and time, and an audit of what the loading does.
 
     python tests/hostile.py checkpoint --seconds 10      mutations at random
-    python tests/hostile.py checkpoint --guided          by atheris, where it is installed
+    python tests/hostile.py checkpoint --guided          then as long by atheris (Linux on x86-64)
 
 A mutation that is found out is refused. One that is not must load as plain data: equal to what
 was written, unless whoever changed the file also put its digest right.
@@ -43,6 +43,11 @@ from nlsq_dask.results.stored import read_stored
 MOST_MEMORY_BYTES = 4 * 2**30  # of addresses, of which JAX alone takes two
 MOST_SECONDS = 10.0
 FEWEST_FILES = 60  # also where the machine is busy
+ENCODINGS = (
+    "ascii",
+    "utf-8-sig",
+    *(f"utf-{n}{end}" for n in (16, 32) for end in ("", "-le", "-be")),
+)
 # What loading data has no reason to do.
 FORBIDDEN = re.compile(
     r"pickle\.find_class|marshal\.|subprocess\.|os\.(system|exec|spawn|fork|remove|rename|rmdir)"
@@ -149,7 +154,8 @@ class Trial:
         self.expected = plain(loader.load(self.place))
         self.tally: collections.Counter[str] = collections.Counter()
         self._is_loading = False
-        codecs.lookup("ascii")  # or else loaded, from Python's own folder, at the first ASCII name
+        for name in ENCODINGS:  # or else loaded, from Python's own folder, at the first need
+            codecs.lookup(name)
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -267,8 +273,9 @@ def main() -> None:
     limit_memory()
     with tempfile.TemporaryDirectory(prefix="nlsq-dask-hostile-") as folder:
         trial = Trial(LOADERS[options.loader], Path(folder))
-        fuzz = fuzz_guided if options.guided else fuzz_at_random
-        fuzz(trial, options.seconds, options.seed)
+        fuzz_at_random(trial, options.seconds, options.seed)
+        if options.guided:
+            fuzz_guided(trial, options.seconds, options.seed)
         sys.stdout.write(json.dumps(trial.tally) + "\n")
 
 
