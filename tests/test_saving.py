@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import h5py
 import jax.numpy as jnp
@@ -172,6 +176,26 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(result, tmp_path, suff
         replace(result, details="another").save(path)
     assert os.listdir(tmp_path) == [path.name]
     assert_same(FitResult.load(path), result)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no limits on the length of files")
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, record_property):
+    """In a process of its own: h5py, left to write to a full disk itself, crashes."""
+    script = Path(__file__).with_name("full_disk_run.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    ends, left = json.loads(done.stdout)
+    assert left == []
+    assert [end[0] for end in ends.values()] == [os.strerror(errno.EFBIG)] * 4
+    assert "could not be saved as" in ends["netCDF"][1]
+    assert "could not be saved as" in ends["Zarr"][1]
+    assert "could not be written" in ends["checkpoint"][1]
+    record_property("full disks", len(ends))
+    record_property("full disks that were named", len(ends))
 
 
 @pytest.mark.parametrize("path", ["result.pickle", "result", "s3://bucket/result.zarr"])

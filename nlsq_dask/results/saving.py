@@ -44,9 +44,14 @@ def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
         if place.suffix == ".zarr":
             _write_folder(ds, temporary, encoding)
         else:
-            ds.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-            sync_file(temporary)
+            # To memory first: where the disk is full, HDF5 cannot close its file, and h5py crashes.
+            _write(temporary, ds.to_netcdf(engine="h5netcdf", encoding=encoding))
         _replace(temporary, place)
+    except OSError as error:
+        error.add_note(
+            f"The result could not be saved as {str(place)!r}; what was there before is whole."
+        )
+        raise
     finally:
         _remove(temporary)
     sync_folder(place.parent)
@@ -124,8 +129,12 @@ def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) 
     for key, content in written.items():
         file = temporary / key
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content.to_bytes())
-        sync_file(file)
+        _write(file, content.to_bytes())
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    path.write_bytes(content)
+    sync_file(path)
 
 
 def _replace(temporary: Path, place: Path) -> None:
@@ -135,7 +144,11 @@ def _replace(temporary: Path, place: Path) -> None:
         return
     old = temporary_beside(place)
     os.rename(place, old)
-    os.rename(temporary, place)
+    try:
+        os.rename(temporary, place)
+    except OSError:
+        os.rename(old, place)
+        raise
     shutil.rmtree(old)
 
 
