@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -481,6 +482,65 @@ def test_workers_die_at_random_moments(seed, store, expected_of_store, restless,
     assert killed
     assert_nothing_left(restless)
     counted("the same bits", len(killed))
+
+
+@LONG
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_stutter_at_random_moments(seed, store, expected_of_store, restless, counted):
+    """Stopped for up to two seconds, both at times: slower, and nothing else."""
+    restless.wait_for_workers(2, timeout=60)
+    chance = random.Random(seed)
+    is_over, stopped = threading.Event(), []
+
+    def strike() -> None:
+        alive = sorted(pids(restless))
+        while not is_over.wait(chance.uniform(0.0, 0.5)):
+            stopped.append(chance.sample(alive, chance.randint(1, len(alive))))
+            for signum in (signal.SIGSTOP, signal.SIGCONT):
+                for number in stopped[-1]:
+                    os.kill(number, signum)
+                if signum == signal.SIGSTOP:
+                    is_over.wait(chance.uniform(0.1, 2.0))
+
+    options = {"cache_bytes": None, "prefetch": True, "callback": lambda _: time.sleep(0.3)}
+    striking = threading.Thread(target=strike, daemon=True)
+    striking.start()
+    try:
+        actual = within(WATCHDOG_SECONDS, lambda: fit(store, restless, **options))
+    finally:
+        is_over.set()
+        striking.join(30)
+    assert_same_bits(actual, expected_of_store)
+    assert stopped
+    assert_nothing_left(restless)
+    counted("the same bits", len(stopped))
+
+
+@LONG
+@pytest.mark.parametrize("seed", range(8))
+def test_the_scheduler_dies_at_a_random_moment(seed, store, expected_of_store, counted, tmp_path):
+    """The fit ends, and names the cause; what was written of it leads to the same bits."""
+    checkpoint = tmp_path / "checkpoints" / "run.h5"
+    checkpoint.parent.mkdir()
+    seconds = random.Random(seed).uniform(0.0, 6.0)
+    options = {"cache_bytes": None, "prefetch": True, "callback": lambda _: time.sleep(0.3)}
+    impatient = dask.config.set({"distributed.comm.timeouts.connect": "3s"})
+    with impatient, processes(tmp_path / "cluster", 2) as (_, scheduler, _, client):
+        striking = threading.Timer(seconds, lambda: kill(scheduler))
+        striking.start()
+        how = "the same bits"
+        try:
+            run = functools.partial(fit, store, client, checkpoint=checkpoint, **options)
+            actual = within(WATCHDOG_SECONDS, run)
+        except WorkerError as error:
+            how, resume = "an error that names the cause", error.checkpoint
+            assert resume == (checkpoint if checkpoint.exists() else None)
+            actual = fit(store, resume_from_checkpoint=resume, **options)
+        striking.join(60)
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("nlsq")]
+    assert [p.name for p in checkpoint.parent.iterdir()] in ([], [checkpoint.name])
+    assert_same_bits(actual, expected_of_store)
+    counted(how)
 
 
 @LONG
