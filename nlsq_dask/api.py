@@ -100,7 +100,7 @@ def fit_dataset(
         ``{"rate": (mean, width)}``: Gaussian, added to the cost as ``½ ((rate - mean) / width)²``
         and honoured by the covariance. They need ``absolute_sigma=True``.
     sigma : str or DataArray, optional
-        Standard deviation of `y`, in its units.
+        Standard deviation of `y`, in its units: another attribute `units` is warned of.
     absolute_sigma : bool
         Whether `sigma` is known; if not, only its ratios count, and the covariance is scaled by
         the residuals' variance.

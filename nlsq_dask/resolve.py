@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,6 +30,7 @@ from nlsq_dask.sources.origin import (
     describe_store,
     origin_of_dataset,
     origin_of_source,
+    units_of,
 )
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ def resolve_dataset(
             _require_variables(model, known_names(given), claimed)
         roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
         source, axes, num_clusters = build_dataset_source(given, roles, time_units)
-        origin = origin_of_dataset(given, pick_y(given, roles), axes, vars(roles), _described(ds))
+        y_array = pick_y(given, roles)
+        _compare_units(y_array, given[sigma] if isinstance(sigma, str) else sigma)
+        origin = origin_of_dataset(given, y_array, axes, vars(roles), _described(ds))
         return ModelledRows(source=source, model=model, origin=origin, num_clusters=num_clusters)
     if isinstance(given, Source):
         require_absent(
@@ -152,6 +156,17 @@ def _require_variables(model: Model, known: Collection[str], claimed: Collection
         raise ModelError(
             f"`model` must take a variable of `ds`, {shown(sorted(known))}, got the arguments "
             f"{list(model.parameters)}; where {unsaid[0]!r} is none, {remedy}"
+        )
+
+
+def _compare_units(y: xr.DataArray, sigma: xr.DataArray | None) -> None:
+    """Two names may be of one unit, so other ones are no error."""
+    units = ["" if array is None else units_of(array.attrs) for array in (y, sigma)]
+    if all(units) and units[0] != units[1]:
+        warnings.warn(
+            f"`sigma` should have the units of `y`, {units[0]!r}, got {units[1]!r}: its numbers "
+            "are taken as they are; if those are two names of one unit, all is well",
+            stacklevel=2,
         )
 
 

@@ -15,7 +15,15 @@ from nlsq_dask.sources.grid import GridSource
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DataRecord", "Origin", "VariableRecord", "describe_store", "origin_of_source"]
+__all__ = [
+    "DataRecord",
+    "Origin",
+    "VariableRecord",
+    "describe_store",
+    "origin_of_dataset",
+    "origin_of_source",
+    "units_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
