@@ -94,6 +94,7 @@ KNOWS_DASK = {
     "sources.dask",
     "sources.graph",
     "results.prediction",
+    "results.saving",
     "cli",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -18,6 +18,7 @@ import numcodecs
 import numpy as np
 import pytest
 import xarray as xr
+from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,6 +197,18 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, record_property):
     assert "could not be written" in ends["checkpoint"][1]
     record_property("full disks", len(ends))
     record_property("full disks that were named", len(ends))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_saving_asks_nothing_of_a_cluster(result, tmp_path, suffix, cluster):
+    """Not even for a lock, of the client that Dask takes where none is named."""
+    with Client(cluster, set_as_default=True) as client:
+        client.close()  # whatever is asked of it fails
+        result.save(tmp_path / f"closed{suffix}")
+    with Client(cluster, set_as_default=True):
+        result.save(tmp_path / f"open{suffix}")
+    for name in ("closed", "open"):
+        assert_same(FitResult.load(tmp_path / f"{name}{suffix}"), result)
 
 
 @pytest.mark.parametrize("path", ["result.pickle", "result", "s3://bucket/result.zarr"])

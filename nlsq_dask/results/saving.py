@@ -44,8 +44,7 @@ def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
         if place.suffix == ".zarr":
             _write_folder(ds, temporary, encoding)
         else:
-            # To memory first: where the disk is full, HDF5 cannot close its file, and h5py crashes.
-            _write(temporary, ds.to_netcdf(engine="h5netcdf", encoding=encoding))
+            _write(temporary, _netcdf(ds, encoding))
         _replace(temporary, place)
     except OSError as error:
         error.add_note(
@@ -132,7 +131,18 @@ def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) 
         _write(file, content.to_bytes())
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def _netcdf(ds: xr.Dataset, encoding: Mapping[Any, Any]) -> bytes:
+    """The file, made in memory: where the disk is full, HDF5 cannot close one, and h5py crashes.
+
+    Where a client of Dask's is there, xarray would have its scheduler lock what nobody else sees.
+    """
+    import dask
+
+    with dask.config.set(scheduler="synchronous"):
+        return bytes(ds.to_netcdf(engine="h5netcdf", encoding=encoding))
+
+
+def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     sync_file(path)
 
