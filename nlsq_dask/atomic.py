@@ -6,7 +6,7 @@ import os
 import uuid
 from pathlib import Path
 
-__all__ = ["sync_file", "sync_folder", "temporary_beside"]
+__all__ = ["sync_folder", "temporary_beside", "write_synced"]
 
 
 def temporary_beside(path: Path) -> Path:
@@ -14,9 +14,12 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
-def sync_file(path: Path) -> None:
-    """Have what was written on the disk."""
-    with open(path, "rb+") as file:
+def write_synced(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a new file, and have it on the disk."""
+    with open(path, "xb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
         os.fsync(file.fileno())
 
 

@@ -452,6 +452,20 @@ def test_a_scheduler_needs_nothing_of_this_package():
 
 # -- at any moment
 
+SLOWLY = {"cache_bytes": None, "prefetch": True, "callback": lambda _: time.sleep(0.3)}
+
+
+def fit_under(strike, store, client):
+    """The fit, while a thread of its own strikes until the event that it is given is set."""
+    is_over = threading.Event()
+    striking = threading.Thread(target=strike, args=(is_over,), daemon=True)
+    striking.start()
+    try:
+        return within(WATCHDOG_SECONDS, lambda: fit(store, client, **SLOWLY))
+    finally:
+        is_over.set()
+        striking.join(30)
+
 
 @LONG
 @pytest.mark.parametrize("seed", range(6))
@@ -459,26 +473,15 @@ def test_workers_die_at_random_moments(seed, store, expected_of_store, restless,
     """One every second or so, for as long as the fit lasts; at most three of a task's four."""
     restless.wait_for_workers(2, timeout=60)
     chance = random.Random(seed)
-    is_over, killed = threading.Event(), []
+    killed = []
 
-    def strike() -> None:
+    def strike(is_over: threading.Event) -> None:
         while len(killed) < 3 and not is_over.wait(chance.uniform(0.0, 0.8)):
             if alive := sorted(pids(restless)):
                 killed.append(chance.choice(alive))
                 kill_all(killed[-1:])
 
-    def linger(record) -> None:
-        time.sleep(0.3)
-
-    options = {"cache_bytes": None, "prefetch": True, "callback": linger}
-    striking = threading.Thread(target=strike, daemon=True)
-    striking.start()
-    try:
-        actual = within(WATCHDOG_SECONDS, lambda: fit(store, restless, **options))
-    finally:
-        is_over.set()
-        striking.join(30)
-    assert_same_bits(actual, expected_of_store)
+    assert_same_bits(fit_under(strike, store, restless), expected_of_store)
     assert killed
     assert_nothing_left(restless)
     counted("the same bits", len(killed))
@@ -490,9 +493,9 @@ def test_workers_stutter_at_random_moments(seed, store, expected_of_store, restl
     """Stopped for up to two seconds, both at times: slower, and nothing else."""
     restless.wait_for_workers(2, timeout=60)
     chance = random.Random(seed)
-    is_over, stopped = threading.Event(), []
+    stopped = []
 
-    def strike() -> None:
+    def strike(is_over: threading.Event) -> None:
         alive = sorted(pids(restless))
         while not is_over.wait(chance.uniform(0.0, 0.5)):
             stopped.append(chance.sample(alive, chance.randint(1, len(alive))))
@@ -502,15 +505,7 @@ def test_workers_stutter_at_random_moments(seed, store, expected_of_store, restl
                 if signum == signal.SIGSTOP:
                     is_over.wait(chance.uniform(0.1, 2.0))
 
-    options = {"cache_bytes": None, "prefetch": True, "callback": lambda _: time.sleep(0.3)}
-    striking = threading.Thread(target=strike, daemon=True)
-    striking.start()
-    try:
-        actual = within(WATCHDOG_SECONDS, lambda: fit(store, restless, **options))
-    finally:
-        is_over.set()
-        striking.join(30)
-    assert_same_bits(actual, expected_of_store)
+    assert_same_bits(fit_under(strike, store, restless), expected_of_store)
     assert stopped
     assert_nothing_left(restless)
     counted("the same bits", len(stopped))
@@ -523,19 +518,18 @@ def test_the_scheduler_dies_at_a_random_moment(seed, store, expected_of_store, c
     checkpoint = tmp_path / "checkpoints" / "run.h5"
     checkpoint.parent.mkdir()
     seconds = random.Random(seed).uniform(0.0, 6.0)
-    options = {"cache_bytes": None, "prefetch": True, "callback": lambda _: time.sleep(0.3)}
     impatient = dask.config.set({"distributed.comm.timeouts.connect": "3s"})
     with impatient, processes(tmp_path / "cluster", 2) as (_, scheduler, _, client):
         striking = threading.Timer(seconds, lambda: kill(scheduler))
         striking.start()
         how = "the same bits"
         try:
-            run = functools.partial(fit, store, client, checkpoint=checkpoint, **options)
+            run = functools.partial(fit, store, client, checkpoint=checkpoint, **SLOWLY)
             actual = within(WATCHDOG_SECONDS, run)
         except WorkerError as error:
             how, resume = "an error that names the cause", error.checkpoint
             assert resume == (checkpoint if checkpoint.exists() else None)
-            actual = fit(store, resume_from_checkpoint=resume, **options)
+            actual = fit(store, resume_from_checkpoint=resume, **SLOWLY)
         striking.join(60)
         assert not [t.name for t in threading.enumerate() if t.name.startswith("nlsq")]
     assert [p.name for p in checkpoint.parent.iterdir()] in ([], [checkpoint.name])

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO, TypeAlias
 import h5py
 import numpy as np
 
-from nlsq_dask.atomic import sync_folder, temporary_beside
+from nlsq_dask.atomic import sync_folder, temporary_beside, write_synced
 from nlsq_dask.checkpoint.flat import Leaf
 from nlsq_dask.errors import CheckpointError
 from nlsq_dask.plain_hdf5 import NotPlainError, member, require_in_one_piece, require_within
@@ -124,11 +124,9 @@ def write_checkpoint(path: Path, sections: Mapping[str, Mapping[str, Leaf]]) -> 
     header = _MAGIC + hashlib.sha256(memoryview(image)[_HEADER_BYTES:]).hexdigest().encode()
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(header.ljust(_HEADER_BYTES, b"\n"))
-            file.write(memoryview(image)[_HEADER_BYTES:])
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(
+            temporary, header.ljust(_HEADER_BYTES, b"\n"), memoryview(image)[_HEADER_BYTES:]
+        )
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

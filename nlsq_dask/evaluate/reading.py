@@ -95,7 +95,7 @@ class _Pace:
 
 
 def count_ahead(source: Source, leaf_bytes: int) -> int:
-    """How many leaves are read ahead: from afar, by as many threads.
+    """How many leaves are read ahead at most, by as many threads; many from afar.
 
     A thread has one request under way for a leaf that is one chunk of the store, and waits for
     most of the time: at 50 ms for an answer, 16 MB/s for chunks of 800 kB.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlsq_dask.atomic import sync_file, sync_folder, temporary_beside
+from nlsq_dask.atomic import sync_folder, temporary_beside, write_synced
 from nlsq_dask.errors import ResultFileError
 from nlsq_dask.plain_hdf5 import NotPlainError
 from nlsq_dask.require import require_path, shown
@@ -44,7 +44,7 @@ def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
         if place.suffix == ".zarr":
             _write_folder(ds, temporary, encoding)
         else:
-            _write(temporary, _netcdf(ds, encoding))
+            write_synced(temporary, _netcdf(ds, encoding))
         _replace(temporary, place)
     except OSError as error:
         error.add_note(
@@ -128,7 +128,7 @@ def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) 
     for key, content in written.items():
         file = temporary / key
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, content.to_bytes())
+        write_synced(file, content.to_bytes())
 
 
 def _netcdf(ds: xr.Dataset, encoding: Mapping[Any, Any]) -> bytes:
@@ -140,11 +140,6 @@ def _netcdf(ds: xr.Dataset, encoding: Mapping[Any, Any]) -> bytes:
 
     with dask.config.set(scheduler="synchronous"):
         return bytes(ds.to_netcdf(engine="h5netcdf", encoding=encoding))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync_file(path)
 
 
 def _replace(temporary: Path, place: Path) -> None:

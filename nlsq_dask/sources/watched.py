@@ -28,7 +28,7 @@ from nlsq_dask.sources.transport import (
     transport_of_store,
 )
 
-__all__ = ["LentArray", "WatchedStore", "watched"]
+__all__ = ["WatchedStore", "watched"]
 
 _LOGGER = logging.getLogger("nlsq_dask")
 
