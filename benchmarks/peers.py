@@ -27,6 +27,7 @@ __all__ = ["PEERS", "Peer"]
 
 Fit = Callable[[], Any]  # returns the parameters, or the parameters and what else to report
 _NLSQ_CHUNK_ROWS = 1_000_000
+_TO_READ = ("xarray", "zarr")  # loaded when they are first needed, here too before the clock runs
 _MEMORY_GB = 16.0  # that NLSQ is told it may use
 
 
@@ -175,7 +176,8 @@ def own_on_workers(problem: Problem, data: Data, cache_bytes: int | None = None)
 
     with start_workers() as cluster, Client(cluster) as client:
         # Workers import when they are first asked to: that is no part of a fit.
-        client.run(importlib.import_module, "nlsq_dask")
+        for module in ("nlsq_dask", *_TO_READ):
+            client.run(importlib.import_module, module)
         yield own_fit(problem, data, client, cache_bytes)
 
 
@@ -253,21 +255,21 @@ PEERS = {
             name="nlsq_dask, zarr",
             family="nlsq_dask",
             prepare=own_in_process,
-            modules=("nlsq_dask",),
+            modules=("nlsq_dask", *_TO_READ),
             reads_archive=True,
         ),
         Peer(
             name="nlsq_dask, zarr, 2 workers",
             family="nlsq_dask",
             prepare=own_on_workers,
-            modules=("nlsq_dask", "distributed"),
+            modules=("nlsq_dask", "distributed", *_TO_READ),
             reads_archive=True,
         ),
         Peer(
             name="nlsq_dask, zarr, 2 workers, no cache",
             family="nlsq_dask",
             prepare=own_on_workers_uncached,
-            modules=("nlsq_dask", "distributed"),
+            modules=("nlsq_dask", "distributed", *_TO_READ),
             reads_archive=True,
         ),
     )

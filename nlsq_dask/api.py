@@ -49,7 +49,7 @@ def fit_dataset(
     fixed: Iterable[str] = (),
     ties: Mapping[str, Callable[..., Any]] | None = None,
     priors: Mapping[str, Any] | None = None,
-    sigma: str | xr.DataArray | None = None,
+    sigma: str | xr.DataArray | float | None = None,
     absolute_sigma: bool = False,
     where: str | xr.DataArray | None = None,
     nan_policy: NanPolicy = "omit",
@@ -99,8 +99,9 @@ def fit_dataset(
     priors : mapping, optional
         ``{"rate": (mean, width)}``: Gaussian, added to the cost as ``½ ((rate - mean) / width)²``
         and honoured by the covariance. They need ``absolute_sigma=True``.
-    sigma : str or DataArray, optional
-        Standard deviation of `y`, in its units: another attribute `units` is warned of.
+    sigma : str, DataArray or float, optional
+        Standard deviation of `y`, in its units: another attribute `units` is warned of. A number
+        is that of every row.
     absolute_sigma : bool
         Whether `sigma` is known; if not, only its ratios count, and the covariance is scaled by
         the residuals' variance.
@@ -357,6 +358,9 @@ def _scipy_start(lower: Vector, upper: Vector) -> Vector:
     return np.where(both, 0.5 * (np.where(both, lower, 0) + np.where(both, upper, 0)), start)
 
 
+_OF_OTHER_ALGORITHMS = {"diag", "epsfcn", "factor", "tr_options", "tr_solver", "x_scale"}
+
+
 def with_scipy_options(
     config: HybridStreamingConfig, options: dict[str, Any]
 ) -> HybridStreamingConfig:
@@ -365,6 +369,11 @@ def with_scipy_options(
     trials = ("max_nfev", "maxfev")
     names |= dict.fromkeys(trials, "gauss_newton_max_iterations")
     unknown = sorted(set(options) - set(names))
+    if unknown and set(unknown) <= _OF_OTHER_ALGORITHMS:
+        raise TypeError(
+            f"curve_fit() got {unknown}, which tune SciPy's own algorithms: leave them out, steps "
+            "are scaled and solved another way here"
+        )
     if unknown:
         raise TypeError(
             f"curve_fit() got unexpected arguments {unknown}; beside those of its signature it "

@@ -138,11 +138,19 @@ class _Reader:
             return sorted((repr(key), repr(self._value(part))) for key, part in value.items())
         if isinstance(value, np.ndarray | np.generic | jax.Array) or hasattr(value, "__array__"):
             return _array(value)
+        if _is_primitive_of_jax(value):
+            return type(value).__name__, list(map(str, value.in_avals)), self._value(value.params)
         text = repr(value)
         is_function = callable(value) and not isinstance(value, type)
         if is_function or re.search(r"\bat 0x[0-9a-f]+|\bobject\b", text):
             raise _OpaqueError
         return text
+
+
+def _is_primitive_of_jax(value: Any) -> bool:
+    """Whether it is an operation that JAX (since 0.12) passes as an object: `searchsorted`, say."""
+    is_of_jax = type(value).__module__.partition(".")[0] == "jax"
+    return is_of_jax and hasattr(value, "in_avals") and hasattr(value, "params")
 
 
 def _array(value: Any) -> object:

@@ -338,9 +338,16 @@ def _trace(
         raise UntraceableModelError(
             f"`model` must be traceable by JAX: write it with `jax.numpy`, without branching on "
             f"values. Calling {model.name}({', '.join(model.variables + model.parameters)}) "
-            f"raised {type(error).__name__}: {_first_line(error)}"
+            f"raised {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
         ) from error
     return tuple(out[0].shape), out[0].dtype, trace_of(closed)
+
+
+def _remedy(error: Exception) -> str:
+    """What helps against mistakes that are made often."""
+    if "Indexer must have integer" in str(error):
+        return "; variables arrive as floats, and `.astype(int)` makes indices of them"
+    return ""
 
 
 def _broadcasting(model: Model) -> Callable[..., tuple[Array, Array]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -35,6 +34,7 @@ from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
 from nlsq_dask.telemetry import Callback
 from nlsq_dask.warmup.normalization import ParameterNormalizer
+from nlsq_dask.warn import warn_user
 
 __all__ = [
     "AdaptiveHybridStreamingOptimizer",
@@ -237,7 +237,7 @@ class AdaptiveHybridStreamingOptimizer:
             result = replace(result, session=None)
         self._result = result
         for text in result.diagnostics["warnings"]:
-            warnings.warn(text, scipy.optimize.OptimizeWarning, stacklevel=3)
+            warn_user(text, scipy.optimize.OptimizeWarning)
         return result
 
     def _with_verbose(self, verbose: int | None) -> HybridStreamingConfig:

@@ -141,7 +141,7 @@ class _Fit:
         is_matrix_free = self._problem.plan.is_matrix_free
         sample = sample.in_one_block() if is_matrix_free else sample
         on_sample = SampleObjective(self._problem, sample)
-        self._data_square = _data_square(sample)
+        self._data_square = sample.data_square
         on_sample = self._timed("scale", lambda: self._with_scale(on_sample))
         try:
             found = self._fit_many(on_sample) if is_matrix_free else self._fit_few(on_sample)
@@ -196,7 +196,8 @@ class _Fit:
     def _await_plan(self, on_sample: SampleObjective) -> None:
         """What the first pass asks of the sample, while its own kernel is still compiled."""
         warmup = self._ledger.warmup
-        if warmup is not None and self._ledger.standing is None:
+        is_first = self._ledger.standing is None
+        if is_first and warmup is not None and warmup.optima[0].bends:
             on_sample.curvature(warmup.optima[0].params, warmup.whitening)
         self._planned.result()
 
@@ -373,6 +374,8 @@ class _Fit:
         standing, warmup = self._ledger.standing, self._ledger.warmup
         if standing is not None:
             resumed: State = solver.resume(standing.state)
+            if resumed is not standing.state:
+                resumed = full.bent(solver, resumed)
             return self._within_limits(full, resumed)
         center = full.sample.sample.center
         if warmup is None:
@@ -380,6 +383,7 @@ class _Fit:
             evaluation = full(params, np.eye(space.num_free), center=center)
         else:
             best, *rivals = warmup.optima
+            full.with_curvature = best.bends
             rival_params = [rival.params for rival in rivals]
             evaluation = full(best.params, warmup.whitening, rival_params, center)
         self._check_rows(full)
@@ -404,6 +408,7 @@ class _Fit:
         if not switched:
             return state
         chosen = warmup.optima[winner]
+        full.with_curvature = chosen.bends
         state = solver.init(full(chosen.params, next_whitening(chosen.factor)))
         return self._after_pass(full, state)
 
@@ -442,15 +447,18 @@ class _Fit:
             )
         if int(rows.num_stray):
             variable = self._problem.model.variables[0]
+            largest = len(self._problem.group_weights or ()) - 1
             raise DataError(
-                f"{variable!r} must hold the number of a group in `residual_weights`, whole and "
-                f"from 0 to {len(self._problem.group_weights or ()) - 1}, got "
+                f"{variable!r}, the model's first variable, must hold the number of a group in "
+                f"`residual_weights`, whole and from 0 to {largest}, got "
                 f"{int(rows.num_stray):,} rows where it does not, in chunks {chunks}"
             )
         self._refuse_invalid(int(rows.num_invalid), "all of")
 
     def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""
+        if isinstance(full, FullObjective) and isinstance(state, State):
+            state = full.bent(self._solver(full), state)
         record = self._ledger.enter_pass(full, state)
         self._reached = _Found(
             full=full,
@@ -487,12 +495,3 @@ class _Fit:
             self._evaluator.log_event(record.as_event())
         if self._callback is not None:
             self._callback(record)
-
-
-def _data_square(sample: Sample) -> float:
-    """``Σ w y²`` over the sample."""
-    every = (slice(None),)
-    y: Vector = sample.source.y.read(every)
-    sigma = 1.0 if sample.source.sigma is None else sample.source.sigma.read(every)
-    with np.errstate(over="ignore"):
-        return float(np.sum((y / sigma) ** 2))

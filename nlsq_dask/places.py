@@ -9,10 +9,11 @@ import jax
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Evaluator
 from nlsq_dask.evaluate.clients import active_client
-from nlsq_dask.evaluate.local import LocalEvaluator, is_in_memory
+from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import Progress
 from nlsq_dask.sources.base import Source
+from nlsq_dask.sources.grid import is_in_memory
 
 __all__ = ["choose_client", "open_evaluator_at", "platform_at"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,6 +31,7 @@ from nlsq_dask.sources.origin import (
     origin_of_source,
     units_of,
 )
+from nlsq_dask.warn import warn_user
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -77,7 +77,7 @@ def resolve_dataset(
     *,
     y: str | xr.DataArray | None = None,
     x: str | Sequence[str] | None = None,
-    sigma: str | xr.DataArray | None = None,
+    sigma: str | xr.DataArray | float | None = None,
     where: str | xr.DataArray | None = None,
     cluster: str | xr.DataArray | None = None,
     time_units: str | None = None,
@@ -115,7 +115,9 @@ def resolve_dataset(
         roles = DatasetRoles(x=model.variables, y=y, sigma=sigma, where=where, cluster=cluster)
         source, axes, num_clusters = build_dataset_source(given, roles, time_units)
         y_array = pick_y(given, roles)
-        _compare_units(y_array, given[sigma] if isinstance(sigma, str) else sigma)
+        # What was computed has the attributes of what it was computed from.
+        if isinstance(sigma, str):
+            _compare_units(y_array, given[sigma])
         origin = origin_of_dataset(given, y_array, axes, vars(roles), _described(ds))
         return ModelledRows(source=source, model=model, origin=origin, num_clusters=num_clusters)
     if isinstance(given, Source):
@@ -159,14 +161,13 @@ def _require_variables(model: Model, known: Collection[str], claimed: Collection
         )
 
 
-def _compare_units(y: xr.DataArray, sigma: xr.DataArray | None) -> None:
+def _compare_units(y: xr.DataArray, sigma: xr.DataArray) -> None:
     """Two names may be of one unit, so other ones are no error."""
-    units = ["" if array is None else units_of(array.attrs) for array in (y, sigma)]
+    units = [units_of(array.attrs) for array in (y, sigma)]
     if all(units) and units[0] != units[1]:
-        warnings.warn(
+        warn_user(
             f"`sigma` should have the units of `y`, {units[0]!r}, got {units[1]!r}: its numbers "
-            "are taken as they are; if those are two names of one unit, all is well",
-            stacklevel=2,
+            "are taken as they are; if those are two names of one unit, all is well"
         )
 
 

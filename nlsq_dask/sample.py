@@ -92,6 +92,15 @@ class Sample:
             return float(np.mean(self.source.y.read((slice(None),))))
 
     @property
+    def data_square(self) -> float:
+        """``Σ w y²``."""
+        every = (slice(None),)
+        y = self.source.y.read(every)
+        sigma = 1.0 if self.source.sigma is None else self.source.sigma.read(every)
+        with np.errstate(over="ignore"):
+            return float(np.sum((y / sigma) ** 2))
+
+    @property
     def fill(self) -> Float[np.ndarray, " variables"]:
         """A value of each variable at which the model is evaluated where no row counts."""
         return np.array([column.read((slice(0, 1),))[0] for column in self.source.x])

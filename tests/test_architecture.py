@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # A layer may import those to its left.
 ORDER = [
-    {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value"},
+    {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value", "warn"},
     {"plain_hdf5"},
     {"options", "compilation", "require", "traces", "config_file"},
     {"config"},
@@ -50,7 +50,7 @@ ORDER = [
     {"evaluate.local", "evaluate.worker", "evaluate.waiting"},
     {"evaluate.autopsy", "evaluate.blocks", "evaluate.workers"},
     {"evaluate.cluster", "evaluate.reach"},
-    {"solvers.quadratic", "solvers.lbfgs"},
+    {"solvers.quadratic", "solvers.lbfgs", "solvers.bending"},
     {"solvers.subproblem"},
     {"solvers.acceptance", "solvers.conjugate"},
     {"solvers.trust_region", "solvers.truncated_newton"},

@@ -695,8 +695,8 @@ def unallocated(file):
 
 CHANGES: dict[str, tuple[Any, str]] = {
     "later version": (
-        lambda file: file.attrs.modify("format_version", np.bytes_("3.1")),
-        "format 3.1, and this version of the package reads 3.0",
+        lambda file: file.attrs.modify("format_version", np.bytes_("4.1")),
+        "format 4.1, and this version of the package reads 4.0",
     ),
     "other format": (lambda file: file.attrs.modify("format", np.bytes_("x")), "not a checkpoint"),
     "long attribute": (
@@ -813,7 +813,7 @@ def test_every_option_changes_something(row):
 def test_it_is_an_hdf5_file_of_plain_numbers_and_text(kept):
     kinds = set()
     with h5py.File(kept) as file:
-        assert file.attrs["format_version"].decode() == "3.0"
+        assert file.attrs["format_version"].decode() == "4.0"
         file.visititems(
             lambda name, part: (
                 kinds.add(part.dtype.kind) if isinstance(part, h5py.Dataset) else None

@@ -180,7 +180,7 @@ def test_a_thousand_years_do_not_overflow(resolution):
 
 def test_origin_is_the_first_time_there_is():
     times = STAMPS.astype("M8[ns]")
-    times[[0, 3]] = np.datetime64("NaT")
+    times[[0, 3]] = np.datetime64("NaT", "ns")
     numbers, said = read_times(times)
     expected = (times - times[1]) / np.timedelta64(1, "D")
     np.testing.assert_allclose(numbers, expected, rtol=1e-14)
@@ -210,7 +210,7 @@ def test_durations_are_in_days_or_the_unit_asked_for():
 
 def test_fit_over_time_says_its_units_and_leaves_out_rows_without_time():
     when = (STAMPS[0] + np.arange(300) * np.timedelta64(7, "h")).astype("M8[ns]")
-    when[10:20] = np.datetime64("NaT")
+    when[10:20] = np.datetime64("NaT", "ns")
     ds = xr.Dataset({"y": ("r", NOISY), "when": ("r", when)})
     result = fit_dataset(
         ds, lambda when, a, b: a * when + b, y="y", time_units="hours since 2001-03-10"

@@ -122,3 +122,14 @@ def test_a_start_where_the_model_is_not_finite_is_noted():
     assert result.success
     np.testing.assert_allclose(result.popt, [2.0])
     assert "Note: the model is not finite at `p0`" in result.summary()
+
+
+def test_residuals_of_rounding_size_worry_nobody():
+    result = fit(decay_numpy(np.linspace(0, 10, 20_000), TRUTH), chunk=1_000)
+    assert result.status.name == "CONVERGED_TO_ROUNDING"
+    assert not about(result, "offset")
+    assert not about(result, "scatter")
+    assert result.message.endswith("of rounding size, and with them the standard errors.")
+    # Small, but more than rounding.
+    noisy = fit(decay_numpy(np.linspace(0, 10, 20_000), TRUTH) + 1e-12 * np.linspace(-1, 1, 20_000))
+    assert "rounding size" not in noisy.message

@@ -136,6 +136,21 @@ def test_clustered_covariance_sums_scores_over_clusters_first():
     assert result.perr[2] > 2 * classical.perr[2]
     chunked = fit_dataset(ds.chunk(row=3_000), decay, y="y", cluster="station")
     np.testing.assert_allclose(chunked.pcov, expected, rtol=1e-6)
+    reach = 0.5 * np.diff(result.confidence_interval(0.95), axis=1).ravel()
+    np.testing.assert_allclose(reach, scipy.stats.t.ppf(0.975, 39) * result.perr, rtol=1e-9)
+    assert "clustered sandwich, 40 clusters" in result.summary()
+    assert not any("clusters are few" in note for note in result.diagnostics["notes"])
+
+
+def test_few_clusters_are_noted_and_their_intervals_wide():
+    rng = np.random.default_rng(4)
+    label, t = np.repeat(np.arange(3), 500), np.tile(np.linspace(0, 10, 500), 3)
+    y = decay_numpy(t, TRUTH) + 0.1 * rng.normal(size=t.size) + np.array([0.1, -0.2, 0.1])[label]
+    ds = xr.Dataset({"y": ("row", y), "t": ("row", t), "label": ("row", label)})
+    result = fit_dataset(ds, decay, y="y", cluster="label")
+    reach = 0.5 * np.diff(result.confidence_interval(0.95), axis=1).ravel()
+    np.testing.assert_allclose(reach, 4.30265273 * result.perr, rtol=1e-6)
+    assert any(note.startswith("3 clusters are few") for note in result.diagnostics["notes"])
 
 
 # -- weights by group
@@ -198,7 +213,9 @@ def test_a_row_of_no_group_is_an_error(wrong):
     group = group.astype(float)
     group[17] = wrong
     config = HybridStreamingConfig(enable_residual_weighting=True, residual_weights=(1, 2, 3))
-    with pytest.raises(ValueError, match=r"'group' must hold the number of a group .* 1 rows"):
+    with pytest.raises(
+        ValueError, match=r"'group', the model's first variable, must hold the number .* 1 rows"
+    ):
         fit_dataset(as_dataset(t, y, group=group), grouped, x=("group", "t"), config=config)
 
 

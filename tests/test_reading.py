@@ -247,7 +247,8 @@ def test_chunks_arrive_in_order_and_aligned(prefetch, cached):
             assert index == expected
             assert_is_chunk(index, chunk)
             assert all(map(is_aligned, (chunk.y, *chunk.x)))
-        assert source.reads == list(range(7))[cached if turn else 0 :]
+        # Two threads may begin in any order where the computing waits.
+        assert sorted(source.reads) == list(range(7))[cached if turn else 0 :]
         assert meter.bytes_read == len(source.reads) * source.chunk_bytes
     assert any(name.startswith("nlsq-read") for name in source.threads) is prefetch
 

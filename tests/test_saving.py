@@ -7,8 +7,10 @@ import json
 import math
 import os
 import pickle
+import stat
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -253,7 +255,7 @@ DAMAGES = {
     "no history": (without("history_gain"), "history.gain"),
     "no record": (attribute("record", None), "record"),
     "no JSON": (attribute("record", "{"), "cannot be used"),
-    "a later format": (attribute("format_version", "2.0"), r"format 1\.0.*'2\.0'"),
+    "a later format": (attribute("format_version", "2.0"), r"format 1\.1.*'2\.0'"),
     "no version": (attribute("format_version", None), "format"),
     "something else": (attribute("format", "data"), "must be a saved result"),
     "no such status": (attribute("status", "PERFECT"), "PERFECT"),
@@ -361,3 +363,60 @@ def test_nested_values_come_back_as_they_were(value):
 def test_what_json_has_no_word_for_is_refused(value):
     with pytest.raises(TypeError):
         to_text(value)
+
+
+def test_another_formula_is_warned_of(tmp_path):
+    """It may compute the same: only the text of functions can be compared."""
+    result = make_result()
+    result.save(tmp_path / "fit.nc")
+
+    def decay(t, amplitude, rate, offset):
+        return amplitude * t + rate + offset
+
+    with pytest.warns(UserWarning, match="`model` is written otherwise") as caught:
+        FitResult.load(tmp_path / "fit.nc", model=decay)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FitResult.load(tmp_path / "fit.nc", model=problems.decay)
+        FitResult.load(tmp_path / "fit.nc", model=lambda t, amplitude, rate, offset: amplitude * t)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not synced there")
+@pytest.mark.parametrize("how", ["sync", "open"])
+def test_folders_that_cannot_be_synced_do_not_matter(how, tmp_path, monkeypatch):
+    """Not every file system can, and one may be allowed to write and not to look."""
+    opened, sync = os.open, os.fsync
+
+    def open_file(path, *arguments, **options):
+        if how == "open" and Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    def sync_file(descriptor):
+        if how == "sync" and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return sync(descriptor)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", sync_file)
+    result = make_result(checkpoint=tmp_path / "run.h5")
+    result.save(tmp_path / "fit.nc")
+    assert_same(FitResult.load(tmp_path / "fit.nc"), result)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit.nc", "run.h5"]
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_leaves_nothing(tmp_path, monkeypatch):
+    sync, num_calls = os.fsync, 0
+
+    def interrupted(descriptor):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
+            raise KeyboardInterrupt
+        return sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_result(checkpoint=tmp_path / "run.h5")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]

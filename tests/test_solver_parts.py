@@ -292,7 +292,9 @@ def test_a_state_says_where_it_is():
         np.testing.assert_allclose(state.cosines, cosines, atol=1e-12)
         assert state.optimality == pytest.approx(np.abs(cosines).max(), abs=1e-12)
         assert state.condition_number == pytest.approx(np.linalg.cond(jac / norms), rel=1e-9)
-        newton = -np.linalg.lstsq(jac, r)[0]
+        shown = state.evaluation.whitening.T @ state.secant @ state.evaluation.whitening
+        hessian = jac.T @ jac + shown
+        newton = -np.linalg.solve(hessian, jac.T @ r)
         np.testing.assert_allclose(state.newton.vector, newton, rtol=1e-6, atol=1e-12)
         length = np.linalg.norm(jac @ newton)
         s = np.linalg.norm(r)  # three rows, two parameters
@@ -301,7 +303,8 @@ def test_a_state_says_where_it_is():
             length / np.linalg.norm(r), rel=1e-5, abs=1e-12
         )
         assert state.data_cost == state.cost == pytest.approx(0.5 * r @ r)
-        assert state.newton_reduction == pytest.approx(0.5 * length**2, rel=1e-5, abs=1e-14)
+        promised = 0.5 * newton @ hessian @ newton
+        assert state.newton_reduction == pytest.approx(promised, rel=1e-5, abs=1e-14)
         assert state.num_trials == before.num_trials + 1
         assert state.num_accepted == before.num_accepted + state.was_accepted
         largest = np.maximum(largest, np.linalg.norm(rosenbrock_jacobian(before.params), axis=0))

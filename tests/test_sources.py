@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import dask
 import dask.array as da
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
 
-from nlsq_dask import Chunk
+import problems
+from nlsq_dask import Chunk, HybridStreamingConfig, curve_fit, fit_dataset
+from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.plan import choose_leaf_shape, choose_strategy, plan_leaves
+from nlsq_dask.sources.buffers import aligned_empty
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.stores import open_store
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
@@ -99,3 +107,134 @@ def test_blocks_that_a_cluster_keeps_can_be_read_here(client):
     np.testing.assert_array_equal(column.read((slice(20, 70),)), values[20:70])
     there = DaskColumn(array=kept + 1, dims=("row",))
     np.testing.assert_array_equal(there.read((slice(None),)), values + 1)
+
+
+class Chunks:
+    """A decay that is another in each chunk."""
+
+    variables = ("t",)
+    num_chunks = 40
+    chunk_shape = (5120,)
+    num_rows = 40 * 5120
+
+    def read(self, index: int) -> Chunk:
+        t, y = self.memory()
+        t[:] = np.random.default_rng(index).uniform(0, 10, len(t))
+        y[:] = 2 * np.exp(-(0.5 + 0.01 * index) * t) + 0.1
+        return Chunk(x=(t,), y=y)
+
+    def memory(self):
+        return np.empty((2, *self.chunk_shape))
+
+
+class Reusing(Chunks):
+    """The same, always in the same memory of each thread, of a kind that JAX would take."""
+
+    local = threading.local()
+
+    def memory(self):
+        if not hasattr(self.local, "both"):
+            self.local.both = aligned_empty((2, *self.chunk_shape), np.dtype(float))
+        return self.local.both
+
+
+def test_a_source_may_read_into_memory_of_its_own():
+    one, other = (fit_dataset(s, problems.decay, p0=problems.P0) for s in (Chunks(), Reusing()))
+    np.testing.assert_array_equal(one.popt, other.popt)
+
+
+class WithAnEmptyChunk(Chunks):
+    num_rows = 39 * 5120
+
+    def read(self, index: int) -> Chunk:
+        chunk = super().read(index)
+        return Chunk(x=(chunk.x[0][:0],), y=chunk.y[:0]) if index == 17 else chunk
+
+
+def test_a_chunk_may_have_no_rows():
+    check_source(WithAnEmptyChunk())
+    result = fit_dataset(WithAnEmptyChunk(), problems.decay, p0=problems.P0)
+    assert result.success
+    assert result.num_rows == 39 * 5120
+
+
+class Failing(Chunks):
+    """Slow, and one of its chunks cannot be read a second time."""
+
+    num_chunks = 200
+    num_rows = 200 * 5120
+
+    def __init__(self):
+        self.is_armed, self.failed, self.num_later = False, None, 0
+
+    def read(self, index: int) -> Chunk:
+        if self.is_armed:
+            time.sleep(0.02)
+            self.num_later += self.failed is not None
+            if index == 150:
+                self.failed = time.monotonic()
+                raise OSError("disk broke")
+        return super().read(index)
+
+
+def test_an_error_in_one_range_ends_the_pass_of_all(monkeypatch):
+    source, evaluate = Failing(), LocalEvaluator.evaluate
+
+    def arm_and_evaluate(self, request):
+        source.is_armed = True
+        return evaluate(self, request)
+
+    monkeypatch.setattr(LocalEvaluator, "evaluate", arm_and_evaluate)
+    monkeypatch.setattr("nlsq_dask.evaluate.local._num_cpus", lambda: 2)
+    with pytest.raises(OSError, match="disk broke"):
+        fit_dataset(
+            source, problems.decay, p0=problems.P0, config=HybridStreamingConfig(cache_bytes=0)
+        )
+    assert source.num_later <= 10  # of some 50 that the first range has left
+
+
+def test_reading_dask_arrays_leaves_dasks_settings_alone():
+    """Threads that nest a setting of the whole process put back each other's."""
+    t = da.linspace(0, 10, 400_000, chunks=20_000)
+    y = 2 * da.exp(-0.5 * t) + 0.1
+    with dask.config.set(scheduler="threads"), ThreadPoolExecutor(2) as threads:
+        fits = [threads.submit(curve_fit, problems.decay, t, y, [1.0, 1.0, 0.0]) for _ in range(2)]
+        for fit in fits:
+            np.testing.assert_allclose(fit.result()[0], [2, 0.5, 0.1], rtol=1e-6)
+        assert dask.config.get("scheduler") == "threads"
+    assert dask.config.get("scheduler", None) is None
+
+
+def test_times_that_a_cluster_keeps_are_fitted_there(client):
+    days = np.linspace(0, 10, 20_000)
+    time = np.datetime64("2001-01-01", "ns") + (days * 86_400e9).astype("timedelta64[ns]")
+    y = 2 * np.exp(-0.5 * days) + 0.1
+    ds = xr.Dataset({"time": ("row", time), "y": ("row", y)}).chunk(row=2_000)
+
+    def decay(time, amplitude=1.0, rate=1.0, offset=0.0):
+        return amplitude * jnp.exp(-rate * time) + offset
+
+    lazy = fit_dataset(ds, decay, y="y", client=client)
+    with client.as_current():
+        kept = ds.persist()
+    held = fit_dataset(kept, decay, y="y", client=client)
+    np.testing.assert_array_equal(held.popt, lazy.popt)
+    np.testing.assert_allclose(held.popt, [2, 0.5, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [None, 1000])
+def test_a_stacked_dataset_is_fitted_and_predicted(chunks):
+    t, lat = np.linspace(0, 5, 60), np.linspace(-60, 60, 80)
+    y = 2 * np.exp(-0.5 * t)[:, None] + 0.01 * lat
+    ds = xr.Dataset({"y": (("t", "lat"), y)}, coords={"t": t, "lat": lat})
+    stacked = ds.stack(place=("t", "lat"))
+    if chunks is not None:
+        stacked = stacked.chunk(place=chunks)
+
+    def model(t, lat, a=1.0, r=1.0, b=0.0):
+        return a * jnp.exp(-r * t) + b * lat
+
+    result = fit_dataset(stacked, model, y="y")
+    np.testing.assert_allclose(result.popt, [2, 0.5, 0.01], rtol=1e-6)
+    np.testing.assert_allclose(result.predict(stacked), stacked.y, rtol=1e-6)
+    np.testing.assert_allclose(fit_dataset(ds, model, y="y").predict(stacked), stacked.y, rtol=1e-6)

@@ -50,7 +50,7 @@ __all__ = [
 
 Sections: TypeAlias = dict[str, dict[str, Leaf]]
 
-FORMAT_VERSION = "3.0"
+FORMAT_VERSION = "4.0"
 _FORMAT = "nlsq_dask checkpoint"
 _MAGIC = f"{_FORMAT}\n".encode()
 _HEADER_BYTES = 512  # HDF5's user block
@@ -129,13 +129,14 @@ def write_checkpoint(path: Path, sections: Mapping[str, Mapping[str, Leaf]]) -> 
         )
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         error.add_note(
             f"The checkpoint {str(path)!r} could not be written; if there was one before, it is "
             "whole, and the fit can be resumed from it."
         )
         raise
+    finally:  # an interrupt too leaves nothing behind
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

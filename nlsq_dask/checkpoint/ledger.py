@@ -94,8 +94,14 @@ class Ledger:
         standing = self.standing
         if standing is None:
             return full
-        known = _known(standing, full.problem.space.expand(standing.state.params))
-        return replace(full, rival_costs=standing.rival_costs, **known)
+        state = standing.state
+        known = _known(standing, full.problem.space.expand(state.params))
+        return replace(
+            full,
+            rival_costs=standing.rival_costs,
+            with_curvature=state.wants_curvature,
+            **known,
+        )
 
     def open_products(self, full: FullProducts) -> FullProducts:
         """The same where there are many parameters."""

@@ -161,6 +161,7 @@ def from_sections(
         _check_point(problem.space, standing.state.evaluation.params, standing.state)
         model, scores = standing.state.model, standing.scores
         _require_squares("model", model.factor, model.residual, model.gauss_newton_factor)
+        _require_squares("state", standing.state.secant, standing.state.turn)
         if scores is not None:
             _require_squares("scores", scores.sums.meat, scores.sums.bread, scores.gram)
         if len(standing.rival_costs) != max(len(outcome.optima) - 1, 0):

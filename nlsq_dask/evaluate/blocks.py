@@ -16,6 +16,7 @@ from nlsq_dask.evaluate.tree import bin_level
 from nlsq_dask.evaluate.waiting import wait_for_all
 from nlsq_dask.evaluate.worker import BlockTask, HomeSpec, merge_reports
 from nlsq_dask.problem import Problem
+from nlsq_dask.sources.columns import TimeColumn
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
@@ -144,6 +145,8 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
         chunks = tuple(leaf[dim] for dim in column.dims)
         if isinstance(column, DaskColumn):
             array = column.array
+        elif isinstance(column, TimeColumn) and isinstance(column.column, DaskColumn):
+            array = column.column.array.map_blocks(column.axis.to_numbers, dtype=column.dtype)
         elif column.is_in_memory and _nbytes(column) > _MAX_SHIPPED_BYTES:
             array = da.from_array(column.read((slice(None),) * len(column.shape)), chunks=chunks)
         else:

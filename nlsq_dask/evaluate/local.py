@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -21,10 +21,10 @@ from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
-from nlsq_dask.sources.base import Chunk, Source
-from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.grid import is_in_memory
 
-__all__ = ["CACHE_SHARE", "LocalEvaluator", "is_in_memory"]
+__all__ = ["CACHE_SHARE", "LocalEvaluator"]
 
 _Value = TypeVar("_Value")
 
@@ -108,7 +108,9 @@ class LocalEvaluator:
             ExitStack() as at_error,
         ):
             at_error.callback(self._home.is_stopped.set)  # nobody waits for the other threads
-            reports = list(threads.map(reduce, ranges))
+            each = [threads.submit(reduce, leaves) for leaves in ranges]
+            ended, _ = wait(each, return_when=FIRST_EXCEPTION)
+            reports = [future.result() for future in each if future in ended]
             at_error.pop_all()
         return reports
 
@@ -162,10 +164,3 @@ def _num_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def is_in_memory(source: Source) -> bool:
-    """Whether all columns are arrays of this process."""
-    return isinstance(source, GridSource) and all(
-        column.is_in_memory for column in source.columns.values()
-    )

@@ -22,7 +22,7 @@ from nlsq_dask.errors import DataChangedError
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import places_of, transports_of
-from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.grid import GridSource, is_in_memory
 from nlsq_dask.sources.marks import mark_of
 from nlsq_dask.sources.retrying import pauses, reading_log
 from nlsq_dask.sources.transport import at_chunk, comes_late
@@ -147,11 +147,8 @@ class ChunkReader:
         self._cache: dict[int, Chunk] = {}
         self._pool = BufferPool()
         self._lock = threading.Lock()
-        # Arrays in memory are not read.
-        self._is_marking = not (
-            isinstance(source, GridSource)
-            and all(column.is_in_memory for column in source.columns.values())
-        )
+        self._is_ours = isinstance(source, GridSource)  # what it reads is written once
+        self._is_marking = not is_in_memory(source)  # what is not read cannot have changed
         self._marks = np.zeros(source.num_chunks, np.int64)  # 0: not read yet
         self._missing: dict[int, frozenset[str]] = {}
 
@@ -250,7 +247,9 @@ class ChunkReader:
             waits = pauses(is_far=self._is_far)
             while True:
                 read = self._read(index, blocks)
-                chunk = pad_chunk(read, self._source.chunk_shape, self._pool.empty)
+                chunk = pad_chunk(
+                    read, self._source.chunk_shape, self._pool.empty, is_ours=self._is_ours
+                )
                 if not self._is_marking or self._is_alike(index, chunk):
                     break
                 wait = next(waits, None) if blocks is None else None  # those stay as they are

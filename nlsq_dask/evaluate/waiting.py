@@ -46,9 +46,11 @@ def wait_for_all(
         with lock:
             waiting -= 1
             is_last = waiting == 0
-        on_leaves(num_leaves[future])
-        if is_last or future.status != "finished":
-            is_over.set()
+        try:
+            on_leaves(num_leaves[future])
+        finally:  # the wait ends, whatever becomes of the telling
+            if is_last or future.status != "finished":
+                is_over.set()
 
     for future in num_leaves:
         future.add_done_callback(one_is_done)

@@ -18,7 +18,8 @@ from nlsq_dask.normal_equations import RowSummary, Sums
 from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.objective.penalised import evaluation_of
 from nlsq_dask.problem import Problem
-from nlsq_dask.solvers.trust_region import Evaluation
+from nlsq_dask.solvers.trust_region import Evaluation, State, TrustRegion
+from nlsq_dask.status import Status
 
 __all__ = ["FullObjective", "Passes"]
 
@@ -118,6 +119,8 @@ class Passes:
 class FullObjective(Passes):
     """The cost on all rows: each call is one pass."""
 
+    with_curvature: bool = True  # the second-order term, from the sample
+
     def __call__(
         self,
         params: Vector,
@@ -144,8 +147,18 @@ class FullObjective(Passes):
                 for cost, rival in zip(done.sums.rival_costs, everything, strict=True)
             )
         evaluation = evaluation_of(self.problem, penalty, params, whitening, normal)
+        if not self.with_curvature:
+            return evaluation
         share = float(normal.num_rows) / max(self.sample.num_rows, 1)
         return replace(evaluation, curvature=share * self.sample.curvature(params, whitening))
+
+    def bent(self, solver: TrustRegion, state: State) -> State:
+        """The state with a Newton step that ends where the sample shows the gradient to end."""
+        self.with_curvature = state.wants_curvature
+        if state.status is not Status.RUNNING or not state.step.is_newton:
+            return state
+        remainder = self.sample.remainder(state.params, state.step.vector, state.whitening)
+        return solver.bend(state, float(state.evaluation.normal.num_rows) * remainder)
 
     def scores(self, params: Vector, whitening: Float[np.ndarray, "k k"]) -> Sums:
         """The parts of a sandwich covariance: one pass, always in float64."""

@@ -164,6 +164,23 @@ class SampleObjective:
         residual = rows.target if rows.robust is None else rows.robust[0]
         return np.asarray(residual), np.asarray(rows.is_row)
 
+    def remainder(
+        self, params: Vector, step: Vector, whitening: Float[np.ndarray, "k k"]
+    ) -> Vector:
+        """``½ Jᵀ D²r[p, p]`` along the columns of ``R⁻¹``, for each row of one block.
+
+        So much of the gradient is left at the end of Gauss-Newton's step p, but for noise. From
+        both sides of the point, what is linear in p cancels.
+        """
+        block = self.sample.halves[0].start
+        directions = self.problem.directions(whitening)
+        with np.errstate(over="ignore", invalid="ignore"):
+            before, here, after = (
+                self._rows(params + way * step, directions, block) for way in (-1, 0, 1)
+            )
+            bent = here.jac @ (before.target - 2 * here.target + after.target)
+        return np.asarray(0.5 * bent / max(int(np.sum(here.is_row)), 1))
+
     def curvature(
         self, params: Vector, whitening: Float[np.ndarray, "k k"]
     ) -> Float[np.ndarray, "k k"]:

@@ -20,6 +20,7 @@ _MANY_SIGMAS = 6.0
 _MAX_RUNS = 64
 _MIN_RUN = 16  # rows
 _UNEVENLY_MASKED = 0.5
+_FEW_CLUSTERS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,13 @@ def check_fit(
     bins: Float[np.ndarray, "bins 4"],
     runs: Float[np.ndarray, "runs 4"],
     is_linear_loss: bool,
-    is_clustered: bool,
+    is_rounding: bool,
+    num_clusters: int,
 ) -> tuple[Checks, list[str]]:
     """The checks, and sentences on what worries.
 
-    `runs` stand in for `bins` where chunks are too few to say how their means scatter.
+    `runs` stand in for `bins` where chunks are too few to say how their means scatter. Residuals
+    that are rounding worry nobody.
     """
     rows, masked, first, second = bins.sum(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):  # residuals may be beyond any square
@@ -135,17 +138,23 @@ def check_fit(
         overdispersion=scatter,
     )
     texts = [*_about_parameters(checks), *_about_masks(bins, masked, rows)]
-    if is_linear_loss and variance > 0 and abs(mean) > _WORRYING_MEAN * np.sqrt(variance / rows):
+    is_off = variance > 0 and abs(mean) > _WORRYING_MEAN * np.sqrt(variance / rows)
+    if is_linear_loss and is_off and not is_rounding:
         texts.append(
             f"the residuals' mean is {mean:.3g}, {abs(mean) / np.sqrt(variance / rows):.1f} of its "
             "standard errors from zero: the model may lack an offset"
         )
-    if scatter > 1 + _MANY_SIGMAS * noise and not is_clustered:
+    if scatter > 1 + _MANY_SIGMAS * noise and not num_clusters and not is_rounding:
         texts.append(
             f"the residuals' means by chunk scatter {scatter:.1f} times as much as independent "
             "residuals would: neighbouring residuals depend on each other or the model misses a "
             f"trend, and standard errors are too small, by a factor of up to {np.sqrt(scatter):.1f}"
             "; `cluster=` gives standard errors that allow for it"
+        )
+    if 0 < num_clusters < _FEW_CLUSTERS:
+        texts.append(
+            f"{num_clusters} clusters are few for clustered standard errors, which tend to be too "
+            f"small below some {_FEW_CLUSTERS}"
         )
     return checks, texts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import scipy
 from nlsq_dask._typing import Float
 from nlsq_dask.results.outcome import Outcome
 from nlsq_dask.results.profile import EndPoint, Minimum, profile_ends
+from nlsq_dask.warn import warn_user
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,8 +22,9 @@ __all__ = ["confidence_interval", "width_in_errors"]
 def width_in_errors(fit: Outcome, level: float) -> float:
     """Half the width of an interval, in standard errors.
 
-    The quantile of Student's distribution with `dof` degrees of freedom; of the normal one where
-    sigma is absolute. Infinite without degrees of freedom.
+    The quantile of Student's distribution with `dof` degrees of freedom, or one less than there
+    are clusters (Cameron & Miller 2015, sec. VI); of the normal one where sigma is absolute.
+    Infinite without degrees of freedom.
 
     Raises
     ------
@@ -33,6 +34,8 @@ def width_in_errors(fit: Outcome, level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"`level` must be between 0 and 1, got {level!r}")
     tail = 0.5 * (1 + level)
+    if fit.num_clusters:
+        return float(scipy.special.stdtrit(fit.num_clusters - 1, tail))
     if fit.absolute_sigma:
         return float(scipy.special.ndtri(tail))
     return float(scipy.special.stdtrit(fit.dof, tail)) if fit.dof > 0 else np.inf
@@ -114,11 +117,10 @@ def _held_value(fit: Outcome, index: int) -> float:
 def _warn_of_no_end(fit: Outcome, index: int, pair: tuple[EndPoint, EndPoint]) -> None:
     for side, end in zip(("lower", "upper"), pair, strict=True):
         if not np.isfinite(end.value):
-            warnings.warn(
+            warn_user(
                 f"{side} end for {fit.param_names[index]!r}: {end.status.value}"
                 f" (last at {end.params})",
                 scipy.optimize.OptimizeWarning,
-                stacklevel=5,
             )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ARRAYS", "ATTRIBUTES", "FORMAT", "FORMAT_VERSION", "from_stored", "to_dataset"]
 
 FORMAT = "nlsq_dask result"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 
 # Fields of the result that are variables along `param`, and what they are.
 _BY_PARAMETER = {
@@ -40,7 +40,7 @@ _BY_PARAMETER = {
 _RENAMED = {"popt": "params", "pcov": "covariance"}
 _SCALARS = (
     "cost penalty_cost num_rows num_masked total_sum_of_squares num_passes bytes_read optimality "
-    "distance condition_number rank absolute_sigma f_scale"
+    "distance condition_number rank absolute_sigma f_scale num_clusters"
 )
 _TEXTS = ("status", "details", "loss", "covariance_kind")
 _FIELDS = (*_BY_PARAMETER, "pcov", *_SCALARS.split(" "), *_TEXTS, "history")

@@ -73,6 +73,7 @@ class Outcome:
     loss: str
     f_scale: float
     covariance_kind: str
+    num_clusters: int
     history: tuple[IterationRecord, ...] = field(repr=False)
     diagnostics: dict[str, Any] = field(repr=False)
     provenance: Provenance = field(default_factory=Provenance, repr=False)

@@ -16,10 +16,12 @@ from nlsq_dask.model import Model, parameter_names, require_jac, unwrap_jit
 from nlsq_dask.plan import choose_leaf_shape
 from nlsq_dask.results.intervals import width_in_errors
 from nlsq_dask.results.outcome import Outcome
+from nlsq_dask.results.provenance import source_text
 from nlsq_dask.results.rows import Quantity, RowTask, pickled_model, token_of
 from nlsq_dask.sources.dask import is_dask_array
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.origin import VariableRecord
+from nlsq_dask.warn import warn_user
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -130,6 +132,7 @@ def attached_model(fit: Outcome, function: ModelFunction) -> Model:
             f"`model` must take {first} variable(s) and then the parameters {list(fit.shapes)}, as "
             f"in the fit, got the arguments {list(names)}"
         )
+    _compare_sources(provenance.model_source, source_text(function))
     return Model(
         function=function,
         variables=variables,
@@ -137,6 +140,15 @@ def attached_model(fit: Outcome, function: ModelFunction) -> Model:
         jac=require_jac(None),
         stack_axis=provenance.stack_axis,
     )
+
+
+def _compare_sources(fitted: str, given: str) -> None:
+    """Two texts may compute the same. Those of lambdas hold what stands around them too."""
+    if fitted.startswith("def ") and given.startswith("def ") and fitted != given:
+        warn_user(
+            "`model` is written otherwise than the function that was fitted, which is in "
+            "`result.provenance.model_source`: see that it computes the same"
+        )
 
 
 def require_model(fit: Outcome) -> Model:
@@ -342,10 +354,12 @@ def _dask_array(variable: xr.Variable, chunks: Mapping[str, tuple[int, ...]]) ->
     """A variable in these blocks, read where they are computed."""
     import dask.array as da
 
+    from nlsq_dask.sources.xarray import is_loaded
+
     wanted = tuple(chunks[str(dim)] for dim in variable.dims)
     if is_dask_array(variable._data):
         return variable._data.rechunk(wanted)
-    if variable._in_memory:
+    if is_loaded(variable):
         return da.from_array(np.asarray(variable.values), chunks=wanted)
     return variable.chunk(dict(zip(variable.dims, wanted, strict=True)))._data
 

@@ -23,7 +23,7 @@ from nlsq_dask.problem import Problem
 from nlsq_dask.results.units import infer_units
 from nlsq_dask.sources.origin import DataRecord
 
-__all__ = ["Provenance", "package_versions", "trace_provenance"]
+__all__ = ["Provenance", "package_versions", "source_text", "trace_provenance"]
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "dask", "distributed", "xarray", "zarr", "h5py")
 

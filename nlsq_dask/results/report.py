@@ -43,6 +43,7 @@ from nlsq_dask.warmup.search import Warmup
 __all__ = ["Course", "Gate", "ScoresPass", "build_result", "with_origin"]
 
 _MAX_NAMED = 16
+_ROUNDING = 10.0  # eps of y, that a model errs by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ def build_result(course: Course, state: State | NewtonState, session: Session) -
         loss=problem.loss,
         f_scale=1.0 if problem.f_scale is None else problem.f_scale,
         covariance_kind=problem.covariance,
+        num_clusters=_num_clusters(problem),
         history=course.history,
         diagnostics={
             **_diagnostics(course, state, covariance),
@@ -191,6 +193,11 @@ def _covariance(
     return estimate_covariance(factor, variance, space, state.params, robust), texts
 
 
+def _num_clusters(problem: Problem) -> int:
+    """That the covariance is of; 0 for any other covariance."""
+    return problem.num_clusters if problem.covariance == "clustered" else 0
+
+
 def _checks(
     course: Course, state: State | NewtonState, covariance: Covariance
 ) -> tuple[dict[str, Any], list[str]]:
@@ -208,7 +215,8 @@ def _checks(
         bins=course.full.bins_at(state.params),
         runs=course.runs,
         is_linear_loss=course.problem.loss == "linear",
-        is_clustered=course.problem.covariance == "clustered",
+        is_rounding=_is_rounding(course, state),
+        num_clusters=_num_clusters(course.problem),
     )
     if not np.isfinite(course.start_cost):
         texts.insert(0, "the model is not finite at `p0`, and was fitted from points around it")
@@ -261,11 +269,20 @@ def _transports(source: Source) -> list[str]:
     return transports_of(source.columns.values()) if isinstance(source, GridSource) else []
 
 
+def _is_rounding(course: Course, state: State | NewtonState) -> bool:
+    """Whether the residuals are what computing them in float64 errs by."""
+    share = course.problem.source.num_rows / max(course.sample.num_rows, 1)
+    least = (_ROUNDING * np.finfo(np.float64).eps) ** 2 * share * course.sample.data_square
+    return state.status is Status.CONVERGED_TO_ROUNDING and bool(2 * state.data_cost <= least)
+
+
 def _details(course: Course, state: State | NewtonState) -> str:
     """The numbers to the status."""
     if state.status is Status.NOT_FINITE:
         leaves = list(course.offending_leaves)
         return f"Not finite in chunks {leaves}." if leaves else ""
+    if _is_rounding(course, state):
+        return "The residuals are of rounding size, and with them the standard errors."
     return (
         f"Distance to the minimum: {state.remaining_distance:.1e} standard errors "
         f"(limit {course.config.distance_tol:.1e})."

@@ -164,8 +164,9 @@ class FitResult(Outcome, Mapping[str, Any]):
             ``popt ± t perr``: immediate, and right where the model is nearly linear over the
             interval. Or the values at which the cost, minimised over all other parameters, is at
             most ``t² s² / 2`` above its minimum; this takes passes over the data. `t` is the
-            quantile of Student's distribution with `dof` degrees of freedom, of the normal one
-            for absolute sigma (where s = 1); ``t²`` is that of F(1, `dof`).
+            quantile of Student's distribution with `dof` degrees of freedom (one less than there
+            are clusters, where there are), of the normal one for absolute sigma (where s = 1);
+            ``t²`` is that of F(1, `dof`).
         params : str or sequence of str, optional
             Names, of array parameters or of their elements. By default all.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "save"]
 
 _SUFFIXES = (".nc", ".h5", ".zarr")
+_SETTING_DASK = threading.Lock()
 
 
 def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
@@ -135,10 +137,11 @@ def _netcdf(ds: xr.Dataset, encoding: Mapping[Any, Any]) -> bytes:
     """The file, made in memory: where the disk is full, HDF5 cannot close one, and h5py crashes.
 
     Where a client of Dask's is there, xarray would have its scheduler lock what nobody else sees.
+    The setting is the whole process's: of two threads, one would put back what the other had set.
     """
     import dask
 
-    with dask.config.set(scheduler="synchronous"):
+    with _SETTING_DASK, dask.config.set(scheduler="synchronous"):
         return bytes(ds.to_netcdf(engine="h5netcdf", encoding=encoding))
 
 

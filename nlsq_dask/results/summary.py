@@ -59,6 +59,8 @@ def covariance_text(fit: Outcome) -> str:
     """What standard errors are of."""
     if fit.pcov is None:
         return "none, too many parameters"
+    if fit.num_clusters:
+        return f"clustered sandwich, {fit.num_clusters:,} clusters"
     if fit.covariance_kind != "classical":
         return f"{fit.covariance_kind} sandwich"
     scaled = "unscaled, sigma is absolute" if fit.absolute_sigma else "scaled by reduced chi-square"
@@ -69,6 +71,7 @@ def _statistics(fit: Outcome) -> dict[str, str]:
     num_free = int(fit.is_free.sum())
     loss = fit.loss if fit.loss == "linear" else f"{fit.loss}, f_scale = {fit.f_scale:.6g}"
     rank = "not known" if np.isnan(fit.rank) else f"{fit.rank:.0f} of {num_free:,}"
+    condition = "not known" if np.isnan(fit.condition_number) else f"{fit.condition_number:.3g}"
     facts = {
         "# loss": loss,
         "# passes over data": f"{fit.num_passes} ({fit.bytes_read / 1e6:,.1f} MB read)",
@@ -81,7 +84,7 @@ def _statistics(fit: Outcome) -> dict[str, str]:
         "R-squared": f"{fit.r_squared:.8g}",
         "covariance": covariance_text(fit),
         "rank": rank,
-        "condition number": f"{fit.condition_number:.3g}",
+        "condition number": condition,
         "where": str(fit.diagnostics.get("evaluator", "")),
     }
     seconds = fit.diagnostics.get("seconds", {})
@@ -135,7 +138,8 @@ def strongest_correlations(
 def _correlations(fit: Outcome) -> Iterator[str]:
     if fit.pcov is None:
         return
-    values = fit.correlation.values
+    values = fit.correlation.values.copy()
+    values[fit.is_tied], values[:, fit.is_tied] = np.nan, np.nan  # as its tie has it
     pairs = strongest_correlations(values, _MIN_CORRELATION)
     if not pairs:
         return

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.linalg
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.normal_equations import NormalEquations
@@ -32,6 +33,7 @@ from nlsq_dask.solvers.acceptance import (
     residual_scale,
     with_trial,
 )
+from nlsq_dask.solvers.bending import along, carried, is_slow, learned, relative_size
 from nlsq_dask.solvers.quadratic import (
     QuadraticModel,
     build_quadratic,
@@ -42,6 +44,9 @@ from nlsq_dask.solvers.subproblem import Step, solve_subproblem
 from nlsq_dask.status import Status
 
 __all__ = ["Evaluation", "State", "Tolerances", "TrustRegion"]
+
+
+_LEAST_KEPT = 0.99  # of what a step promises, when it is bent: by a tenth of its length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class State(Progress):
     evaluation: Evaluation
     model: QuadraticModel
     newton: Step  # within the bounds, from `params`
+    secant: Float[np.ndarray, "k k"]  # along the evaluation's R⁻¹, what steps have shown
+    turn: Float[np.ndarray, " k"]  # of z, on the way to the trial
 
     @property
     def question(self) -> tuple[Vector, Vector]:
@@ -72,6 +79,17 @@ class State(Progress):
     def here(self) -> tuple[Vector, Vector]:
         """The same for the best point, to be evaluated again."""
         return self.params, self.whitening
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether the next evaluation should come with second derivatives."""
+        return self.evaluation.curvature is not None or is_slow(self.bending)
+
+    @property
+    def bending(self) -> float:
+        """How much the model left out, relative to it: as steps have shown, or the last did."""
+        size = relative_size(self.secant, np.asarray(self.evaluation.normal.gram))
+        return size if self.contraction is None else max(size, self.contraction)
 
     @property
     def cost(self) -> float:
@@ -150,6 +168,8 @@ class TrustRegion:
             scale=scale,
             radius=radius if radius > 0 else self.initial_radius,
             newton=newton,
+            secant=np.zeros((len(params), len(params))),
+            turn=np.zeros(len(params)),
             step=newton,
             distance=self._distance(model, newton, evaluation),
             contraction=None,
@@ -175,6 +195,26 @@ class TrustRegion:
         candidate = self._accept(tried, evaluation) if is_finite else None
         return self._next_trial(judge(self.tolerances, tried, candidate))
 
+    @np.errstate(over="ignore", invalid="ignore")  # of steps on a plateau
+    def bend(self, state: State, remainder: Vector) -> State:
+        """The state with a trial where the gradient, not only its linear model, vanishes.
+
+        Along the columns of the next evaluation's ``R⁻¹``, `remainder` is what a Newton step
+        leaves of the gradient, ``½ D²g[p, p]``. Transtrum & Sethna (2012, sec. 2) correct steps
+        by second derivatives of the residuals along them, and call it geodesic acceleration.
+        """
+        step = state.step
+        if not np.isfinite(remainder).all():
+            return state
+        model = state.model
+        turn = scipy.linalg.lstsq(model.factor.T, state.whitening.T @ remainder)[0]
+        bent = replace(model, residual=model.residual + turn)
+        found = solve_subproblem(bent, state.scale, np.inf, self._to_bounds(state.params))
+        found = replace(found, reduction=model.reduction(found.vector))
+        if not found.reduction >= _LEAST_KEPT * step.reduction:
+            return state
+        return with_trial(replace(state, turn=turn), found, self.bounds)
+
     def resume(self, state: State) -> State:
         """A state of an earlier solve; where that had used up its iterations, perhaps not yet."""
         if state.status is not Status.MAX_ITERATIONS:
@@ -182,7 +222,9 @@ class TrustRegion:
         return self._next_trial(replace(state, status=Status.RUNNING))
 
     def _accept(self, state: State, evaluation: Evaluation) -> State:
-        model = build_quadratic(evaluation.normal, evaluation.whitening, evaluation.curvature)
+        secant = self._learned(state, evaluation)
+        curvature = secant if evaluation.curvature is None else evaluation.curvature + secant
+        model = build_quadratic(evaluation.normal, evaluation.whitening, curvature)
         scale = np.maximum(state.scale, model.column_norms)
         newton = solve_subproblem(model, scale, np.inf, self._to_bounds(evaluation.params))
         distance = self._distance(model, newton, evaluation)
@@ -196,11 +238,27 @@ class TrustRegion:
             model=model,
             scale=scale,
             newton=newton,
+            secant=secant,
             distance=distance,
             contraction=contraction,
             num_accepted=state.num_accepted + 1,
             was_accepted=True,
         )
+
+    @np.errstate(over="ignore", invalid="ignore")  # of steps on a plateau
+    def _learned(self, state: State, evaluation: Evaluation) -> Float[np.ndarray, "k k"]:
+        """What the way to an evaluation has shown beside what earlier ones had."""
+        whitening, model = evaluation.whitening, state.model
+        secant = carried(state.secant, state.evaluation.whitening, whitening)
+        if (state.evaluation.curvature is None) != (evaluation.curvature is None):
+            return np.zeros_like(secant)  # that is known from elsewhere now
+        if not state.step.is_newton:
+            return secant
+        step = evaluation.params - state.params
+        end = model.residual + state.turn + model.factor @ step
+        foreseen = along(model.factor, whitening).T @ end
+        left = np.asarray(evaluation.normal.grad) - foreseen
+        return learned(secant, np.asarray(evaluation.normal.gram), whitening @ step, left)
 
     def _next_trial(self, state: State) -> State:
         """Test for convergence, then choose the next point."""
@@ -212,6 +270,7 @@ class TrustRegion:
                 step = solve_subproblem(
                     state.model, state.scale, state.radius, self._to_bounds(state.params)
                 )
+            state = replace(state, turn=np.zeros(len(step.vector)))
             state = with_trial(state, step, self.bounds)
         if state.status.is_success and not _is_identified(state.model):
             return replace(state, status=Status.UNIDENTIFIED)
@@ -260,6 +319,8 @@ def _unusable(evaluation: Evaluation) -> State:
         scale=np.ones(k),
         radius=0.0,
         newton=nothing,
+        secant=np.zeros((k, k)),
+        turn=np.zeros(k),
         step=nothing,
         distance=np.inf,
         contraction=None,

@@ -69,7 +69,11 @@ class Source(Protocol):
         """Shape of the largest chunk; smaller ones are padded to it."""
 
     def read(self, index: int) -> Chunk:
-        """The chunk, of floating-point arrays in C order. The same bits at every call."""
+        """The chunk, of floating-point arrays in C order. The same bits at every call.
+
+        It is called from several threads, and its arrays are copied before it is called again
+        in the same thread.
+        """
 
 
 class Column(Protocol):
@@ -140,12 +144,15 @@ def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
     return chunk
 
 
-def pad_chunk(chunk: Chunk, shape: Shape, empty: Empty = aligned_empty) -> Chunk:
+def pad_chunk(
+    chunk: Chunk, shape: Shape, empty: Empty = aligned_empty, *, is_ours: bool = True
+) -> Chunk:
     """Pad a ragged chunk to `shape`, so that one compiled kernel serves all chunks.
 
     The padding repeats edge values, at which the model is as defined as in the chunk itself;
     `extent` records what is real. Arrays that JAX would have to copy are copied here instead,
-    into memory of `empty`.
+    into memory of `empty`; and all of them where they are not `is_ours`, to keep and to compute
+    on while the source reads the next.
     """
     lengths = chunk.y.shape
 
@@ -156,9 +163,12 @@ def pad_chunk(chunk: Chunk, shape: Shape, empty: Empty = aligned_empty) -> Chunk
             want if have == real else have
             for have, real, want in zip(array.shape, lengths, shape, strict=True)
         )
-        if array.shape == wanted and is_aligned(array):
+        if array.shape == wanted and is_ours and is_aligned(array):
             return array
         padded = empty(wanted, array.dtype)
+        if array.size == 0:
+            padded[...] = 1
+            return padded
         padded[tuple(map(slice, array.shape))] = array
         for axis, have in enumerate(array.shape):
             before = (slice(None),) * axis

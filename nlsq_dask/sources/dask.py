@@ -1,4 +1,4 @@
-"""Dask arrays as columns. Beside the cluster evaluator, the only place that knows Dask."""
+"""Dask arrays as columns."""
 
 from __future__ import annotations
 
@@ -46,16 +46,13 @@ class DaskColumn:
 
     def read(self, index: Index) -> np.ndarray:
         """Compute a rectangle here, in the calling thread; or where its blocks are."""
-        import dask
-
         part = self.array[index]
         if self._is_persisted:
             import distributed
 
             client = distributed.futures_of(part)[0].client
             return plain_block(client.compute(part).result(), self.dtype)
-        with dask.config.set(scheduler="synchronous"):
-            return plain_block(part.compute(), self.dtype)
+        return plain_block(part.compute(scheduler="synchronous"), self.dtype)
 
 
 def is_dask_array(value: object) -> TypeGuard[Any]:

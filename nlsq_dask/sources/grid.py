@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nlsq_dask._typing import Index, Shape
-from nlsq_dask.sources.base import Chunk, Column, plain_block
+from nlsq_dask.sources.base import Chunk, Column, Source, plain_block
 
-__all__ = ["GridSource", "RemoteColumn"]
+__all__ = ["GridSource", "RemoteColumn", "is_in_memory"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,6 +130,13 @@ class GridSource:
             where=columns.get("where", self.where),
             cluster=columns.get("cluster", self.cluster),
         )
+
+
+def is_in_memory(source: Source) -> bool:
+    """Whether all columns are arrays of this process."""
+    return isinstance(source, GridSource) and all(
+        column.is_in_memory for column in source.columns.values()
+    )
 
 
 def as_floating(values: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def _await_answer(url: str, options: Mapping[str, Any]) -> None:
 
 def _open_zarr(store: Any, options: Mapping[str, Any] | None, asked: _Asked) -> xr.Dataset:
     try:
-        return _open_group(store, options, asked, None)
+        return _with_variables(_open_group(store, options, asked, None), asked)
     except StoreDeniedError:
         # Who may not list is denied what does not exist, and so the other format's metadata.
         for zarr_format in (3, 2):
@@ -224,7 +224,7 @@ def _open_hdf5(path: str, asked: _Asked) -> xr.Dataset:
             "open it with xarray and pass the dataset"
         )
     with reported_file(repr(path), asked.argument):
-        return xr.open_dataset(
+        ds = xr.open_dataset(
             path,
             engine="h5netcdf",
             chunks=None,
@@ -232,3 +232,13 @@ def _open_hdf5(path: str, asked: _Asked) -> xr.Dataset:
             phony_dims="sort",
             create_default_indexes=False,
         )
+    return _with_variables(ds, asked)
+
+
+def _with_variables(ds: xr.Dataset, asked: _Asked) -> xr.Dataset:
+    if ds.variables or ds.sizes:
+        return ds
+    raise ValueError(
+        f"`{asked.argument}` must have variables, got {asked.name}, which has none at its root; "
+        "of a group in it, pass the dataset that xarray opens with `group=`"
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.core.indexing import PandasIndexingAdapter
 
 from nlsq_dask.errors import DataError
 from nlsq_dask.require import shown
@@ -30,6 +32,7 @@ __all__ = [
     "column_of",
     "dataset_of",
     "dimension_or_variable",
+    "is_loaded",
     "known_names",
     "pick_y",
 ]
@@ -43,7 +46,7 @@ class DatasetRoles:
 
     x: tuple[str, ...]
     y: NameOrArray | None
-    sigma: NameOrArray | None = None
+    sigma: NameOrArray | float | None = None
     where: NameOrArray | None = None
     cluster: NameOrArray | None = None
 
@@ -89,7 +92,7 @@ def build_dataset_source(
         )
     sigma = where = None
     if roles.sigma is not None:
-        sigma = _numeric("sigma", _resolve(ds, "sigma", roles.sigma))
+        sigma = _numeric("sigma", _resolve(ds, "sigma", _as_array(roles.sigma)))
         if sigma.dtype.kind == "b":
             raise ValueError("`sigma` must hold standard deviations, got booleans; see `where`")
     if roles.where is not None:
@@ -120,7 +123,7 @@ def build_dataset_source(
 
 
 def build_stored_source(
-    ds: xr.Dataset, sigma: NameOrArray | None = None
+    ds: xr.Dataset, sigma: NameOrArray | float | None = None
 ) -> tuple[GridSource, bool]:
     """Rows of the arrays ``x`` of shape ``(m,)`` or ``(m, variables)`` and ``y``.
 
@@ -149,9 +152,15 @@ def column_of(name: str, variable: xr.Variable) -> Column:
             return LazyColumn(variable=_watched(stored))
         require_plain_blocks(name, data)
         return DaskColumn(array=data, dims=dims)
-    if variable._in_memory:
+    if is_loaded(variable):
         return MemoryColumn(values=np.asarray(variable.values), dims=dims)
     return LazyColumn(variable=_watched(variable))
+
+
+def is_loaded(variable: xr.Variable) -> bool:
+    """Whether the values are in memory; xarray does not say so of the levels of a MultiIndex."""
+    data: Any = variable._data
+    return variable._in_memory or isinstance(data, PandasIndexingAdapter)
 
 
 def _watched(variable: xr.Variable) -> xr.Variable:
@@ -210,7 +219,13 @@ def pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
     return ds[left[0]]
 
 
-def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray) -> xr.DataArray:
+def _as_array(sigma: Any) -> Any:
+    """A number as the sigma of every row."""
+    is_number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
+    return xr.DataArray(float(sigma), name=repr(sigma)) if is_number else sigma
+
+
+def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray | float) -> xr.DataArray:
     if isinstance(given, xr.DataArray):
         sizes = {dim: size for dim, size in ds.sizes.items() if dim in given.dims}
         wrong = {

@@ -21,6 +21,7 @@ import numpy as np
 from nlsq_dask._typing import Float, Vector
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.objective.on_sample import SampleObjective
+from nlsq_dask.solvers.bending import is_slow
 from nlsq_dask.solvers.lbfgs import Ending
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
@@ -59,6 +60,7 @@ class Optimum:
     params: Float[np.ndarray, " k"]
     cost: float
     factor: Float[np.ndarray, "k k"]
+    bends: bool  # the first step from here needs second derivatives too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,10 +357,15 @@ class _Search:
                 params=state.params,
                 cost=state.cost,
                 factor=state.model.gauss_newton_factor,
+                bends=is_slow(state.bending) and not self._is_the_end(state),
             )
             if not any(self._is_same(other, optimum) for other in kept):
                 kept.append(optimum)
         return kept[:_MAX_OPTIMA]
+
+    def _is_the_end(self, state: State) -> bool:
+        """Whether there is no step to go from here: that would take other rows."""
+        return self._objective.sample.is_everything and state.status is Status.CONVERGED
 
     def _from_p0_to(self, params: Vector) -> float:
         return float(np.linalg.norm((params - self._p0) / self._size))
