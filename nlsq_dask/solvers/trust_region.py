@@ -87,9 +87,13 @@ class State(Progress):
 
     @property
     def bending(self) -> float:
-        """How much the model left out, relative to it: as steps have shown, or the last did."""
+        """How much Gauss-Newton leaves out, relative to it: as steps have shown, or the last did.
+
+        At the end of a solve that learns, the last ratio may be that of rounding errors.
+        """
         size = relative_size(self.secant, np.asarray(self.evaluation.normal.gram))
-        return size if self.contraction is None else max(size, self.contraction)
+        is_at_end = self.status is not Status.RUNNING and self.secant.any()
+        return size if is_at_end else max(size, self.contraction or 0.0)
 
     @property
     def cost(self) -> float:
