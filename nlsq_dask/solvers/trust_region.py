@@ -203,9 +203,9 @@ class TrustRegion:
     def bend(self, state: State, remainder: Vector) -> State:
         """The state with a trial where the gradient, not only its linear model, vanishes.
 
-        Along the columns of the next evaluation's ``R⁻¹``, `remainder` is what a Newton step
-        leaves of the gradient, ``½ D²g[p, p]``. Transtrum & Sethna (2012, sec. 2) correct steps
-        by second derivatives of the residuals along them, and call it geodesic acceleration.
+        Along the columns of the next evaluation's ``R⁻¹``, `remainder` is what the step p leaves
+        of the gradient, ``½ Jᵀ D²r[p, p]``. Transtrum & Sethna (2012, sec. 2) correct steps by the
+        same derivative, and call it geodesic acceleration.
         """
         step = state.step
         if not np.isfinite(remainder).all():
