@@ -11,7 +11,6 @@ import logging
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,23 +19,27 @@ from typing import Any
 
 import click
 import distributed
-import jax
-import jax.numpy as jnp
-import numpy as np
 import scipy.optimize
-import xarray as xr
-import zarr
 
-from nlsq_dask._typing import ModelFunction, Vector
+from nlsq_dask._typing import ModelFunction
 from nlsq_dask._version import __version__
 from nlsq_dask.api import fit_dataset
 from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.config_file import read_options
-from nlsq_dask.errors import FitInterrupted
+from nlsq_dask.demo import (
+    chunk_rows,
+    comparison,
+    fit_archive,
+    require_recovered,
+    throughput,
+    write_archive,
+)
+from nlsq_dask.errors import FitInterrupted, ResultFileError
 from nlsq_dask.losses import LOSSES
 from nlsq_dask.results.result import FitResult
+from nlsq_dask.results.saving import require_place
 
-__all__ = ["main", "ringdown"]
+__all__ = ["main"]
 
 _INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells have for it
 # What `fit_dataset` raises when something is wrong with the data, the model or the cluster.
@@ -81,40 +84,6 @@ def _errors_in_one_line() -> Iterator[None]:
 
 # -- nlsq-dask demo
 
-_MAX_CHUNK_ROWS = 500_000
-_MIN_CHUNKS = 8  # a small archive too has work for each worker
-_DURATION_DAYS = 27.0
-_NOISE = 0.02
-_SEED = 20240229
-_TRUTH = {
-    "amplitude": 0.8,
-    "decay_time": 9.5,
-    "period": 2.137,
-    "phase": 0.6,
-    "quiescent": 1.25,
-}
-_MAX_DEVIATION = 4.0  # standard errors; a parameter is further off in one run out of 16,000
-
-
-def ringdown(
-    time: jax.Array,
-    amplitude: float = 1.0,
-    decay_time: float = 15.0,
-    period: float = 2.3,
-    phase: float = 0.0,
-    quiescent: float = 1.0,
-) -> jax.Array:
-    """A star that rings down after an outburst: a decaying oscillation on a constant flux.
-
-    Parameters
-    ----------
-    time, decay_time, period : days
-    amplitude, quiescent : relative flux
-    phase : radians
-    """
-    oscillation = jnp.cos(2 * jnp.pi * time / period + phase)
-    return quiescent + amplitude * jnp.exp(-time / decay_time) * oscillation
-
 
 @main.command()
 @click.option(
@@ -144,115 +113,18 @@ def demo(rows: int, workers: int, keep: Path | None) -> None:
         path = Path(folder) / "ringdown.zarr" if keep is None else keep
         click.echo(
             f"Writing {rows:,} rows of a simulated light curve to {path}, "
-            f"a Zarr archive in chunks of {_chunk_rows(rows):,} rows."
+            f"a Zarr archive in chunks of {chunk_rows(rows):,} rows."
         )
-        _write_archive(path, rows)
+        write_archive(path, rows)
         click.echo(f"Starting {workers} worker process(es) on this machine.")
         with _local_client(workers) as client:
-            result, elapsed_seconds = _fit_archive(path, client)
+            result, elapsed_seconds = fit_archive(path, client)
     click.echo(f"\n{result.summary()}\n")
-    click.echo(_comparison(result))
-    click.echo(f"\n{_throughput(result, elapsed_seconds)}")
+    click.echo(comparison(result))
+    click.echo(f"\n{throughput(result, elapsed_seconds)}")
     if keep is not None:
         click.echo(f"\nThe archive is kept in {keep}.")
-    _require_recovered(result)
-
-
-def _chunk_rows(num_rows: int) -> int:
-    return min(_MAX_CHUNK_ROWS, -(-num_rows // _MIN_CHUNKS))
-
-
-def _write_archive(path: Path, num_rows: int) -> None:
-    """Zarr format 3, written chunk by chunk: the whole is never in memory."""
-    chunk_rows = _chunk_rows(num_rows)
-    group = zarr.create_group(path, zarr_format=3)
-    layout: dict[str, Any] = {
-        "shape": (num_rows,),
-        "chunks": (chunk_rows,),
-        "dimension_names": ("time",),
-    }
-    # Not "days", which older versions of xarray decode to timedeltas.
-    times = group.create_array("time", dtype="float64", attributes={"units": "d"}, **layout)
-    fluxes = group.create_array("flux", dtype="float32", attributes={"units": "1"}, **layout)
-    rng = np.random.default_rng(_SEED)
-    for start in range(0, num_rows, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, num_rows))
-        moments = np.arange(rows.start, rows.stop) * (_DURATION_DAYS / num_rows)
-        with jax.enable_x64(True):
-            flux = np.asarray(ringdown(jnp.asarray(moments), **_TRUTH))
-        times[rows] = moments
-        fluxes[rows] = (flux + _NOISE * rng.standard_normal(len(moments))).astype(np.float32)
-
-
-def _fit_archive(path: Path, client: distributed.Client) -> tuple[FitResult, float]:
-    start = time.perf_counter()
-    # An index on `time` would load it whole.
-    ds = xr.open_zarr(path, consolidated=False, create_default_indexes=False)
-    click.echo(
-        "Fitting a decaying oscillation with 5 parameters to all rows. A small random sample\n"
-        "gives the start; each line below is one pass over the whole archive.\n"
-    )
-    result = fit_dataset(ds, ringdown, client=client, progress=True)
-    return result, time.perf_counter() - start
-
-
-def _deviations(result: FitResult) -> Vector:
-    """Fitted less true, in standard errors."""
-    truth = np.array([_TRUTH[name] for name in result.param_names])
-    deviations: Vector = (result.popt - truth) / result.perr
-    return deviations
-
-
-def _comparison(result: FitResult) -> str:
-    assert result.perr is not None
-    lines = [
-        "Fitted values against those that the archive was made with:",
-        "",
-        f"  {'parameter':<12}{'true':>10}{'fitted':>16}{'std. error':>14}{'off by':>16}",
-    ]
-    for name, value, error, deviation in zip(
-        result.param_names, result.popt, result.perr, _deviations(result), strict=True
-    ):
-        lines.append(
-            f"  {name:<12}{_TRUTH[name]:>10.6g}{value:>16.9g}{error:>14.3g}"
-            f"{deviation:>+9.2f} errors"
-        )
-    return "\n".join(lines)
-
-
-def _throughput(result: FitResult, elapsed_seconds: float) -> str:
-    in_passes = sum(record.seconds for record in result.history)
-    passes = result.diagnostics["passes"]
-    peaks = passes["peak_memory_bytes_by_process"].values()
-    best = max(record.rows_per_second for record in result.history)
-    lines = [
-        f"The fit took {elapsed_seconds:.1f} s, of which {in_passes:.1f} s in "
-        f"{result.num_passes} passes over {result.num_rows:,} rows.",
-        f"Rows per second: {result.num_rows * result.num_passes / in_passes:,.0f} over all "
-        f"passes, {best:,.0f} in the best.",
-        f"Read: {result.bytes_read / 1e6:,.1f} MB.",
-        f"Peak memory of the worker processes: {_megabytes(peaks)}.",
-    ]
-    return "\n".join(lines)
-
-
-def _megabytes(sizes_bytes: Any) -> str:
-    return " and ".join(f"{size / 1e6:,.0f} MB" for size in sizes_bytes)
-
-
-def _require_recovered(result: FitResult) -> None:
-    if not result.success:
-        raise click.ClickException("the fit did not converge")
-    worst = int(np.argmax(np.abs(_deviations(result))))
-    deviation = abs(float(_deviations(result)[worst]))
-    if not deviation <= _MAX_DEVIATION:
-        raise click.ClickException(
-            f"{result.param_names[worst]!r} is {deviation:.1f} standard errors from the truth, "
-            f"more than {_MAX_DEVIATION:g}"
-        )
-    click.echo(
-        f"\nConverged, with every parameter within {_MAX_DEVIATION:g} standard errors of the truth."
-    )
+    require_recovered(result)
 
 
 # -- nlsq-dask fit
@@ -313,6 +185,21 @@ def _read_scale(ctx: click.Context, param: click.Parameter, text: str) -> float 
         return float(text)
     except ValueError:
         raise click.BadParameter(f"must be a number or mad, got {text!r}", ctx, param) from None
+
+
+def _read_sigma(ctx: click.Context, param: click.Parameter, text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _require_place(ctx: click.Context, param: click.Parameter, text: str | None) -> Path | None:
+    """Before the fit, which may take hours."""
+    try:
+        return None if text is None else require_place(text)
+    except ResultFileError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def _read_config(
@@ -401,9 +288,17 @@ def _load_module(name: str) -> ModuleType:
 @click.option(
     "--fixed", metavar="NAME", multiple=True, help="A parameter held at its start; repeatable."
 )
-@click.option("--sigma", metavar="NAME", help="The variable of standard deviations.")
+@click.option(
+    "--sigma",
+    metavar="NAME|NUMBER",
+    callback=_read_sigma,
+    help="The variable of standard deviations, or one for every row.",
+)
 @click.option("--absolute-sigma", is_flag=True, help="Sigma is known, not only its ratios.")
 @click.option("--where", metavar="NAME", help="The boolean variable that says which rows to fit.")
+@click.option(
+    "--cluster", metavar="NAME", help="The variable of labels of rows that belong together."
+)
 @click.option(
     "--loss",
     type=click.Choice(list(LOSSES)),
@@ -442,8 +337,22 @@ def _load_module(name: str) -> ModuleType:
     callback=_mapping_of(_read_option),
     help="For a URL, in fsspec's names; true, false and JSON objects are read as such.",
 )
+@click.option(
+    "--save",
+    "place",
+    metavar="FILE",
+    callback=_require_place,
+    help="Where the result goes, FILE.nc or FILE.zarr; FitResult.load reads it.",
+)
 @click.option("--quiet", is_flag=True, help="Do not show the passes.")
-def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: Any) -> None:
+def fit(
+    store: str,
+    model: ModelFunction,
+    workers: int,
+    place: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Fit a model to STORE, the path of a Zarr or HDF5/netCDF4 store or the URL of a Zarr store.
 
     The model is a function of variables of the store and then parameters, written with
@@ -460,12 +369,18 @@ def fit(store: str, model: ModelFunction, workers: int, quiet: bool, **options: 
             result = fit_dataset(store, model, client=client, progress=not quiet, **options)
         except FitInterrupted as interrupt:
             if interrupt.result is not None:
-                click.echo(interrupt.result.summary())
+                _show(interrupt.result, place)
             click.echo(str(interrupt), err=True)
             sys.exit(_INTERRUPTED)
-    click.echo(result.summary())
+        _show(result, place)
     if not result.success:
         raise click.ClickException("the fit did not converge")
+
+
+def _show(result: FitResult, place: Path | None) -> None:
+    click.echo(result.summary())
+    if place is not None:
+        result.save(place)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ ORDER = [
     {"optimizer"},
     {"api", "testing"},
     {"accessor"},
-    {"", "compat"},
+    {"", "compat", "demo"},
     {"cli"},
 ]
 KNOWS_DASK = {
@@ -96,6 +96,7 @@ KNOWS_DASK = {
     "results.prediction",
     "results.saving",
     "cli",
+    "demo",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

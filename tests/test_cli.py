@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from click.testing import CliRunner
 
-from nlsq_dask import fit_dataset
+from nlsq_dask import FitResult, fit_dataset
 from nlsq_dask.cli import main
 
 TRUTH = {"amplitude": 2.0, "rate": 0.7, "offset": 0.3}
@@ -68,6 +68,7 @@ def folder(tmp_path_factory):
             "flux_error": ("row", sigma),
             "is_good": ("row", good),
             "elapsed": ("row", t),
+            "night": ("row", np.minimum(t // 0.25, 23).astype(int)),
         }
     )
     encoding = {name: {"chunks": (1000,)} for name in ds.variables}
@@ -156,6 +157,29 @@ def test_fit_on_workers_says_the_same(options, fitted_here):
     assert parameters_in(done.stdout) == parameters_in(fitted_here.stdout)
 
 
+@pytest.mark.parametrize("name", ["fit.nc", "fit.zarr"])
+def test_a_result_is_saved(options, fitted_here, tmp_path, name):
+    place = tmp_path / name
+    done = invoke("fit", *options, "--save", place, "--quiet")
+    assert done.exit_code == 0
+    saved = FitResult.load(place)
+    assert saved.summary() in done.stdout
+    assert parameters_in(saved.summary()) == parameters_in(fitted_here.stdout)
+
+
+def test_one_sigma_for_every_row_and_labels_of_rows(options):
+    given = options[: options.index("--sigma")]
+    known = invoke("fit", *given, "--sigma", "0.05", "--absolute-sigma", "--quiet")
+    doubled = invoke("fit", *given, "--sigma", "0.1", "--absolute-sigma", "--quiet")
+    pairs = zip(
+        parameters_in(known.stdout).values(), parameters_in(doubled.stdout).values(), strict=True
+    )
+    assert all(two == pytest.approx(2 * one, rel=1e-3) for (_, one), (_, two) in pairs)
+    assert "sigma is absolute" in known.stdout
+    clustered = invoke("fit", *given, "--cluster", "night", "--quiet")
+    assert "clustered sandwich, 24 clusters" in clustered.stdout
+
+
 def test_starts_bounds_and_fixed_parameters_of_a_module_in_this_folder(
     folder, options, monkeypatch
 ):
@@ -202,6 +226,8 @@ def test_a_robust_loss_and_options_from_a_file(folder, options):
         (["--config", "{folder}/models.py"], "Invalid value for '--config'"),
         (["--config", "{folder}/wrong.toml"], "`distence_tol` is not an option"),
         (["--workers", "-1"], "Invalid value for '--workers'"),
+        (["--save", "fit.txt"], "must be local and end in one of .nc, .h5, .zarr, got 'fit.txt'"),
+        (["--save", "{folder}/nowhere/fit.nc"], "must be in a folder that can be written to"),
     ],
 )
 def test_usage_errors(folder, options, arguments, message):

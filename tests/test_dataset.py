@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 import xarray as xr
 
+import problems
 from nlsq_dask import Chunk, HybridStreamingConfig, Status, fit_dataset
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
 
@@ -466,3 +467,20 @@ def test_limits_end_a_fit_with_what_it_has(limit, status):
     assert result.num_passes == len(result.history) <= 2
     np.testing.assert_allclose(result.popt, [2, 6, 0.3], atol=0.2)
     assert np.isfinite(result.perr).all()
+
+
+def test_sigma_may_be_a_number():
+    rng = np.random.default_rng(0)
+    t = np.linspace(0, 10, 500)
+    y = problems.decay_numpy(t, problems.TRUTH) + 0.05 * rng.normal(size=t.size)
+    ds = xr.Dataset({"y": ("t", y), "error": ("t", np.full(t.size, 0.05))}, coords={"t": t})
+    options = {"y": "y", "p0": problems.P0, "absolute_sigma": True}
+    one = fit_dataset(ds, problems.decay, sigma=0.05, **options)
+    each = fit_dataset(ds, problems.decay, sigma="error", **options)
+    np.testing.assert_allclose(one.popt, each.popt, rtol=1e-12)
+    np.testing.assert_allclose(one.perr, each.perr, rtol=1e-12)
+    assert one.provenance.data.sigma == "0.05"
+    with pytest.raises(TypeError, match="`sigma` must be the name of a variable"):
+        fit_dataset(ds, problems.decay, sigma=True, **options)
+    with pytest.raises(ValueError, match="`sigma` must be positive"):
+        fit_dataset(ds, problems.decay, sigma=0, **options)

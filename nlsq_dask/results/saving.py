@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from zarr.core.buffer import Buffer
 
-__all__ = ["load", "save"]
+__all__ = ["load", "require_place", "save"]
 
 _SUFFIXES = (".nc", ".h5", ".zarr")
 _SETTING_DASK = threading.Lock()
@@ -36,9 +36,8 @@ _SETTING_DASK = threading.Lock()
 
 def save(fit: Outcome, path: str | os.PathLike[str]) -> None:
     """What `FitResult.save` documents."""
-    place = _local_path(path)
+    place = require_place(path)
     temporary = temporary_beside(place)
-    _require_writable(place, temporary)
     ds = to_dataset(fit)
     # Bits as they are: no value stands for a missing one.
     encoding: dict[Any, Any] = {name: {"_FillValue": None} for name in ds.data_vars}
@@ -84,8 +83,16 @@ def _local_path(path: str | os.PathLike[str]) -> Path:
 # -- out
 
 
-def _require_writable(place: Path, temporary: Path) -> None:
-    """See that a result can be written here, and that nothing else would be lost."""
+def require_place(path: str | os.PathLike[str]) -> Path:
+    """See that a result can be written here, and that nothing else would be lost.
+
+    Raises
+    ------
+    ResultFileError
+        If not.
+    """
+    place = _local_path(path)
+    temporary = temporary_beside(place)
     try:
         is_there = place.exists()
         with open(temporary, "xb"):
@@ -101,6 +108,7 @@ def _require_writable(place: Path, temporary: Path) -> None:
             f"`path` must name a new file or a saved result, got {str(place)!r}, which is "
             "something else and would be overwritten"
         )
+    return place
 
 
 def _write_folder(ds: xr.Dataset, temporary: Path, encoding: Mapping[Any, Any]) -> None:

@@ -50,6 +50,11 @@ class DatasetRoles:
     where: NameOrArray | None = None
     cluster: NameOrArray | None = None
 
+    def __post_init__(self) -> None:
+        given: Any = self.sigma
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            object.__setattr__(self, "sigma", xr.DataArray(float(given), name=repr(given)))
+
 
 def known_names(ds: xr.Dataset) -> set[str]:
     """Names that can be independent variables: variables, coordinates and dimensions."""
@@ -92,7 +97,7 @@ def build_dataset_source(
         )
     sigma = where = None
     if roles.sigma is not None:
-        sigma = _numeric("sigma", _resolve(ds, "sigma", _as_array(roles.sigma)))
+        sigma = _numeric("sigma", _resolve(ds, "sigma", roles.sigma))
         if sigma.dtype.kind == "b":
             raise ValueError("`sigma` must hold standard deviations, got booleans; see `where`")
     if roles.where is not None:
@@ -217,12 +222,6 @@ def pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
             f"{left or 'no numeric data variables over their dimensions'}"
         )
     return ds[left[0]]
-
-
-def _as_array(sigma: Any) -> Any:
-    """A number as the sigma of every row."""
-    is_number = isinstance(sigma, int | float) and not isinstance(sigma, bool)
-    return xr.DataArray(float(sigma), name=repr(sigma)) if is_number else sigma
 
 
 def _resolve(ds: xr.Dataset, argument: str, given: NameOrArray | float) -> xr.DataArray:
