@@ -11,7 +11,7 @@ import xarray as xr
 from xarray.core.indexing import PandasIndexingAdapter
 
 from nlsq_dask.errors import DataError
-from nlsq_dask.require import shown
+from nlsq_dask.require import as_number, is_scale, shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.clusters import build_cluster_column
 from nlsq_dask.sources.columns import (
@@ -51,9 +51,15 @@ class DatasetRoles:
     cluster: NameOrArray | None = None
 
     def __post_init__(self) -> None:
-        given: Any = self.sigma
-        if isinstance(given, int | float) and not isinstance(given, bool):
-            object.__setattr__(self, "sigma", xr.DataArray(float(given), name=repr(given)))
+        number = as_number(self.sigma)
+        if number is None:
+            return
+        if not is_scale(number):
+            raise ValueError(
+                "`sigma` must be positive, of a size whose square is a number, got "
+                f"{shown(self.sigma)}"
+            )
+        object.__setattr__(self, "sigma", xr.DataArray(number, name=repr(number)))
 
 
 def known_names(ds: xr.Dataset) -> set[str]:
