@@ -561,7 +561,7 @@ ACCEPTABLE = {
     "storage_options": lambda v: v is None,
     "y": lambda v: v is None or v == "y",
     "x": lambda v: v is None or (isinstance(v, str | list | range) and len(v) == 0),
-    "sigma": lambda v: v is None or (is_real(v) and 1e-154 < v < 1e154),
+    "sigma": lambda v: v is None or (is_real(v) and 0 < v < 1e154 and float(v) ** 2 > 0),
     "where": lambda v: v is None,
     "cluster": lambda v: v is None,
     "time_units": lambda v: v is None,

@@ -192,7 +192,8 @@ ARGUMENTS = {
     "y of another length": ({"y": xr.DataArray(Y[:3], dims="t")}, ValueError, "`y`", "3", "50"),
     "y over other dimensions": ({"y": xr.DataArray(Y, dims="u")}, ValueError, "`t`", "`y`", "'u'"),
     "unknown sigma": ({"sigma": "q"}, ValueError, "`sigma`", "'q'", "'t'"),
-    "sigma a number": ({"sigma": 0.1}, TypeError, "`sigma`", "0.1"),
+    "sigma a negative number": ({"sigma": -0.1}, ValueError, "`sigma`", "positive", "-0.1"),
+    "sigma a list": ({"sigma": [0.1]}, TypeError, "`sigma`", "0.1"),
     "sigma of text": (
         {"sigma": xr.DataArray(["1"] * ROWS, dims="t")},
         ValueError,
