@@ -247,8 +247,8 @@ def test_chunks_arrive_in_order_and_aligned(prefetch, cached):
             assert index == expected
             assert_is_chunk(index, chunk)
             assert all(map(is_aligned, (chunk.y, *chunk.x)))
-        # Two threads may begin in any order where the computing waits.
-        assert sorted(source.reads) == list(range(7))[cached if turn else 0 :]
+        # Where the computing waits two threads read, and which chunk is kept is the faster's.
+        assert len(set(source.reads)) == len(source.reads) == 7 - (cached if turn else 0)
         assert meter.bytes_read == len(source.reads) * source.chunk_bytes
     assert any(name.startswith("nlsq-read") for name in source.threads) is prefetch
 
@@ -318,7 +318,9 @@ def test_chunks_are_moved_to_the_device_and_stay_while_there_is_room(room):
             assert chunk.y.dtype == np.float64
             assert chunk.extent.dtype == np.int64
             assert_is_chunk(index, chunk)
-    assert source.reads == [5, 6]
+    # Of the last three, two threads may have kept either.
+    assert len(source.reads) == 2
+    assert set(source.reads) < {4, 5, 6}
     kept = [isinstance(chunk.y, jax.Array) for chunk in reader._cache.values()]
     assert kept == [True] * min(room, 5) + [False] * (5 - min(room, 5))
     assert isinstance(reader.fetch_host(0).y, np.ndarray)
