@@ -19,8 +19,8 @@ The rounds after the first ones, which load and compile, are judged by Theil and
 median of the slopes of all pairs, with its 95 % range (Sen 1968, Journal of the American
 Statistical Association 63, 1379). Exits non-zero if what is counted in ones grows at all, or
 memory by 10 kB for each of the twenty fits of a round. (SciPy's LAPACK wrappers alone keep 0.1 kB
-for each.) Caches of JAX and Dask fill for some fifteen rounds, by 1 MiB in each at first: a run of
-less than thirty is held to 100 kB for each fit.
+for each.) Caches of JAX and Dask fill for some fifteen rounds, by 1 to 2 MiB in each at first: a
+run of less than thirty is held to 200 kB for each fit, a fifth of the rows that one has.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ P0 = {"amplitude": 1.0, "rate": 1.0, "offset": 0.0}
 UNCACHED = HybridStreamingConfig(cache_bytes=0, chunk_size=CHUNK_ROWS)
 ALLOWED_MIB = 20 * 10_000 / 2**20
 SETTLED_ROUNDS = 30
-SHORT_FACTOR = 10  # what a shorter run may grow by, over ALLOWED_MIB
+SHORT_FACTOR = 20  # what a shorter run may grow by, over ALLOWED_MIB
 KEPT_RECORDS = 20  # of Dask's messages, events and measurements
 SPANS_MEASURED = 500
 WARMUP_SHARE = 0.25
