@@ -271,9 +271,11 @@ def _transports(source: Source) -> list[str]:
 
 def _is_rounding(course: Course, state: State | NewtonState) -> bool:
     """Whether the residuals are what computing them in float64 errs by."""
+    if state.status is not Status.CONVERGED_TO_ROUNDING:
+        return False
     share = course.problem.source.num_rows / max(course.sample.num_rows, 1)
     least = (_ROUNDING * np.finfo(np.float64).eps) ** 2 * share * course.sample.data_square
-    return state.status is Status.CONVERGED_TO_ROUNDING and bool(2 * state.data_cost <= least)
+    return bool(2 * state.data_cost <= least)
 
 
 def _details(course: Course, state: State | NewtonState) -> str:
