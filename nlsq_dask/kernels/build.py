@@ -196,7 +196,7 @@ def _summary(
     spec: KernelSpec, center: Float[Array, ""], terms: RowTerms, chunk: Chunk
 ) -> RowSummary:
     def reduce(tile: Tile) -> RowSummary:
-        weight = jnp.where(tile.is_row, 1.0 if tile.scale is None else tile.scale**2, 0.0)
+        weight = tile.scale**2
         deviation = jnp.where(tile.is_row, tile.y - center, 0.0)
         return RowSummary(
             weight=jnp.sum(weight),

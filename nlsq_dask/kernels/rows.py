@@ -37,9 +37,7 @@ def residual_function(
     def residual(params: Float[Array, " n"]) -> Float[Array, ...]:
         value = model(x, space.unflatten(params))
         difference = jnp.broadcast_to(value, tile.y.shape) - tile.y.astype(value.dtype)
-        if tile.scale is not None:
-            difference = difference * tile.scale.astype(value.dtype)
-        return jnp.where(tile.is_row, difference, 0.0)
+        return jnp.where(tile.scale != 0, difference * tile.scale.astype(value.dtype), 0.0)
 
     return residual
 

@@ -29,7 +29,7 @@ class Tile:
     x: tuple[Float[Array, ...], ...]
     y: Float[Array, ...]
     sigma: Float[Array, ...] | None
-    scale: Float[Array, ...] | None  # √weight / sigma; None for 1
+    scale: Float[Array, ...]  # √weight / sigma, and zero where no row counts
     cluster: Int[Array, ...] | None
     is_row: Bool[Array, ...]  # weight above zero
     is_wanted: Bool[Array, ...] | None  # real and selected, finite or not; None for all real ones
@@ -154,26 +154,27 @@ def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile
     x = tuple(column.astype(jnp.float64) for column in chunk.x)
     y = chunk.y.astype(jnp.float64)
     sigma = None if chunk.sigma is None else chunk.sigma.astype(jnp.float64)
-    scale: Any = None
+    root: Array = jnp.ones(())
     is_stray = None
     if terms.group_weights is not None:
         weight, is_known = _group_weight(x[0], terms.group_weights)
-        scale = jnp.sqrt(weight)
+        root = jnp.sqrt(weight)
         is_stray = is_wanted & ~is_known & jnp.isfinite(x[0])
         is_wanted &= (weight > 0) | ~is_known
         is_wanted &= ~is_stray
     is_row: Array = is_wanted & jnp.isfinite(y)
     for column in (*x, *([] if sigma is None else [sigma])):
         is_row = is_row & jnp.isfinite(column)
+    # Infinitely uncertain where no row is. The division comes last, as XLA computes it once for
+    # a tile: a mask of its own would have to be widened again for each direction.
+    deviation = jnp.where(is_row, 1.0 if sigma is None else sigma, jnp.inf)
+    scale = root / deviation
     # A row without weight gets values at which the model is defined: NaN times zero is NaN, and
     # in reverse mode it would be in every parameter's gradient.
     x = tuple(
-        jnp.where(_is_used(column, is_row), column, value)
+        jnp.where(_is_used(column, scale != 0), column, value)
         for column, value in zip(x, terms.fill, strict=True)
     )
-    if sigma is not None:
-        sigma = jnp.where(_is_used(sigma, is_row), sigma, 1.0)
-        scale = 1 / sigma if scale is None else scale / sigma
     return Tile(
         x=x,
         y=y,
