@@ -457,8 +457,7 @@ class _Fit:
 
     def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""
-        if isinstance(full, FullObjective) and isinstance(state, State):
-            state = full.bent(self._solver(full), state)
+        state = full.bent(self._solver(full), state)
         record = self._ledger.enter_pass(full, state)
         self._reached = _Found(
             full=full,
@@ -472,7 +471,8 @@ class _Fit:
         return self._within_limits(full, state)
 
     def _within_limits(self, full: Passes, state: _AnyState) -> _AnyState:
-        """Whether the callback, passes and time allow another pass."""
+        """Whether another pass is needed, and the callback, passes and time allow it."""
+        state = full.landed(self._solver(full), state)
         if state.status is not Status.RUNNING:
             return state
         if self._was_stopped:

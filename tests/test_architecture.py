@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 
 PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
@@ -161,4 +163,18 @@ def test_importing_loads_only_what_every_fit_needs(heavy):
         text=True,
         check=True,
     )
+    assert found.stdout.strip() == "False"
+
+
+def test_a_fit_of_a_store_loads_no_arrays_of_dask(tmp_path):
+    """They take a third of a second to load, of which a fit by path has no use."""
+    t, path = np.linspace(0, 1, 100), tmp_path / "rows.zarr"
+    xr.Dataset({"y": ("t", np.exp(-t))}, {"t": t}).to_zarr(path, consolidated=False)
+    code = (
+        "import sys, jax.numpy as jnp, nlsq_dask\n"
+        "nlsq_dask.fit_dataset(sys.argv[1], lambda t, rate=0.5: jnp.exp(-rate * t))\n"
+        "print('dask.array' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

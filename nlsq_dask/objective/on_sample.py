@@ -181,6 +181,28 @@ class SampleObjective:
             bent = here.jac @ (before.target - 2 * here.target + after.target)
         return np.asarray(0.5 * bent / max(int(np.sum(here.is_row)), 1))
 
+    def left_out(
+        self, params: Vector, step: Vector, whitening: Float[np.ndarray, "k k"], reach: float
+    ) -> tuple[Vector, float]:
+        """``(H - JᵀJ) p`` along the columns of ``R⁻¹``: what Gauss-Newton leaves out of a step p.
+
+        The mean over the rows, and the mean of its square. H is the Hessian, by gradients at
+        `reach` times the step to both sides.
+        """
+        directions, inside = self.problem.directions(whitening), whitening @ step
+        total, square, count = np.zeros(len(step)), 0.0, 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            for block in self.sample.blocks:
+                before, here, after = (
+                    self._rows(params + way * reach * step, directions, block) for way in (-1, 0, 1)
+                )
+                change = (after.jac * after.target - before.jac * before.target) / (2 * reach)
+                left = change - here.jac * (inside @ here.jac)
+                total += left.sum(axis=1)
+                square += float(np.sum(left**2))
+                count += int(np.sum(here.is_row))
+        return total / max(count, 1), square / max(count, 1)
+
     def curvature(
         self, params: Vector, whitening: Float[np.ndarray, "k k"]
     ) -> Float[np.ndarray, "k k"]:

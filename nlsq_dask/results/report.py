@@ -93,7 +93,10 @@ class Course:
 
 
 def build_result(course: Course, state: State | NewtonState, session: Session) -> FitResult:
-    """The result at the best point evaluated, with the covariance of its normal equations."""
+    """The result at the best point, with the covariance of the normal equations there.
+
+    Where the solve has landed they are those of the last pass, less than 1e-2 standard errors away.
+    """
     problem, space = course.problem, course.problem.space
     num_rows = int(state.evaluation.normal.num_rows)
     covariance, warned = _covariance(course, state, num_rows)
@@ -285,10 +288,13 @@ def _details(course: Course, state: State | NewtonState) -> str:
         return f"Not finite in chunks {leaves}." if leaves else ""
     if _is_rounding(course, state):
         return "The residuals are of rounding size, and with them the standard errors."
-    return (
+    text = (
         f"Distance to the minimum: {state.remaining_distance:.1e} standard errors "
         f"(limit {course.config.distance_tol:.1e})."
     )
+    if isinstance(state, State) and state.has_landed:
+        text += " A pass at the end of the last step would only have confirmed it, and was saved."
+    return text
 
 
 def _warnings(course: Course, state: State | NewtonState, rank: float) -> list[str]:

@@ -22,7 +22,6 @@ from nlsq_dask.sources.columns import (
     build_time_column,
 )
 from nlsq_dask.sources.dask import DaskColumn, is_dask_array, require_plain_blocks
-from nlsq_dask.sources.graph import stored_variable
 from nlsq_dask.sources.grid import GridSource
 
 __all__ = [
@@ -158,6 +157,9 @@ def column_of(name: str, variable: xr.Variable) -> Column:
     dims = tuple(str(dim) for dim in variable.dims)
     data = variable._data  # `.data` would load a lazily indexed variable
     if is_dask_array(data):
+        # With `dask.array`, which nobody else needs and takes a third of a second.
+        from nlsq_dask.sources.graph import stored_variable
+
         stored = stored_variable(variable)
         if stored is not None:
             return LazyColumn(variable=_watched(stored))
