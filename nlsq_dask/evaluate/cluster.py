@@ -88,6 +88,7 @@ class ClusterEvaluator:
         self._fits = self._blocks.nbytes <= _PERSIST_SHARE * room
         self._cache_bytes = self._choose_cache_bytes(len(workers))
         self._home: Any = None
+        self._compiling: list[Any] = []
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             with in_touch(client):
@@ -188,12 +189,29 @@ class ClusterEvaluator:
         if self._blocks:
             home = ProblemHome(problem=self._problem, cache_bytes=0, prefetch=False)
             return home.prepare(self._config.precision)
-        futures = [
-            self._submit(compile_ahead, self._home, key=f"nlsq-compile-{i}", owner=address)
-            for i, address in enumerate(workers_of(self._client))
-        ]
+        self._begin_compiling(self._owners())
+        futures, self._compiling = self._compiling, []
         needed: list[int] = self._gather(futures, [range(1)] * len(futures))
         return max(needed)
+
+    def _begin_compiling(self, owners: Mapping[range, str]) -> None:
+        """On each worker, when it has nothing else to do, with a leaf that it has at hand."""
+        if self._blocks or self._compiling:
+            return
+        at_hand: dict[str, int] = {}
+        for leaves, owner in owners.items():
+            at_hand.setdefault(owner, leaves.start)
+        self._compiling = [
+            self._submit(
+                compile_ahead,
+                self._home,
+                at_hand.get(address, 0),
+                key=f"nlsq-compile-{i}",
+                owner=address,
+                priority=-1,
+            )
+            for i, address in enumerate(workers_of(self._client))
+        ]
 
     # -- passes
 
@@ -263,6 +281,7 @@ class ClusterEvaluator:
         groups = [[i] for i in indices] if self._blocks else _by_owner(indices, owners)
         with over(self._progress, "sample", num_rows, len(indices)) as on_leaves:
             futures = self._submit_map(function, groups, owners)
+            self._begin_compiling(owners)  # while this process puts the sample together
             each = self._gather(futures, groups, on_leaves)
         values = {
             index: value
@@ -306,7 +325,14 @@ class ClusterEvaluator:
 
     # -- tasks
 
-    def _submit(self, function: Callable[..., Any], *arguments: Any, key: str, owner: str) -> Any:
+    def _submit(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        key: str,
+        owner: str,
+        priority: int = 0,
+    ) -> Any:
         """A task for its owner, or whoever is left when that is gone."""
         with in_touch(self._client):
             return self._client.submit(
@@ -317,6 +343,7 @@ class ClusterEvaluator:
                 retries=self._retries,
                 workers=[owner],
                 allow_other_workers=True,
+                priority=priority,
             )
 
     def _compute(self, graph: Sequence[Any]) -> list[Any]:
@@ -393,8 +420,8 @@ class ClusterEvaluator:
 
     def close(self) -> None:
         """Leave nothing behind: neither tasks nor chunks nor plugins."""
-        if self._home is not None:
-            self._home.release()
+        for future in (*self._compiling, *filter(None, [self._home])):
+            future.release()
         self._blocks.release()
         if not is_in_touch(self._client):
             return  # to the scheduler, if there is one, the client is gone: it does the same

@@ -120,10 +120,10 @@ def platform_of_worker(dask_worker: Any) -> str:
     return jax.default_backend()
 
 
-def compile_ahead(spec: HomeSpec) -> int:
+def compile_ahead(spec: HomeSpec, leaf: int) -> int:
     """What the first pass needs, while the client is busy with the sample; XLA's bytes for it."""
     home = home_of(spec)
-    return home.prepare(spec.precision, home.reader.fetch(0))
+    return home.prepare(spec.precision, home.reader.fetch(leaf))
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:

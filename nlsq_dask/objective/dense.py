@@ -175,8 +175,7 @@ class FullObjective(Passes):
     def _foresee(self, state: State) -> float:
         """What the step leaves of the gradient, relative to it, as the sample shows.
 
-        That is what the model does not know of, with James and Stein's factor against the
-        sample's own noise, and the noise that all rows have.
+        That is what the model does not know of, and as much as could hide in the sample's noise.
         """
         evaluation, rows = state.evaluation, self.sample.num_rows
         num_rows = float(evaluation.normal.num_rows)
@@ -188,8 +187,7 @@ class FullObjective(Passes):
             state.secant if evaluation.curvature is None else state.secant + evaluation.curvature
         )
         mean = mean - known @ (evaluation.whitening @ state.step.vector) / num_rows
-        structure = np.sqrt(max(float(mean @ mean) - square / rows, 0.0))
-        left = num_rows * (structure + np.sqrt(square / num_rows))
+        left = num_rows * (np.linalg.norm(mean) + np.sqrt(square / max(rows, 1)))
         return float(left / np.linalg.norm(evaluation.normal.grad))
 
     def bent(self, solver: TrustRegion, state: State) -> State:

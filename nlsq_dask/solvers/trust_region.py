@@ -54,7 +54,6 @@ __all__ = ["Evaluation", "State", "Tolerances", "TrustRegion"]
 _LEAST_KEPT = 0.99  # of what a step promises, when it is bent: by a tenth of its length
 _LANDING_DISTANCE = 1e-2  # standard errors: no further is the covariance that of the end
 _ROOM_SEEN = 10.0  # times the share that the step before left
-_ROOM_FORESEEN = 5.0  # times what the sample foresees, noise of its own included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +230,8 @@ class TrustRegion:
     def land(self, state: State, foresee: Callable[[State], float]) -> State:
         """The end of a step that needs no evaluation; the state itself where there is no such.
 
-        What is left of the gradient there is the share that the step before left, tenfold, or
-        five times the share that is foreseen: whichever is more.
+        What is left of the gradient there is the share that is foreseen at most, or the share that
+        the step before left, tenfold: whichever is more.
         """
         may_land = (
             state.status is Status.RUNNING
@@ -245,7 +244,7 @@ class TrustRegion:
         if not may_land or state.contraction is None:
             return state
         normal = state.evaluation.normal
-        left = np.maximum(_ROOM_SEEN * state.contraction, _ROOM_FORESEEN * foresee(state))
+        left = np.maximum(_ROOM_SEEN * state.contraction, foresee(state))
         if not np.isfinite(left):
             return state
         end = replace(normal, grad=left * normal.grad, cost=normal.cost - state.step.reduction)
