@@ -194,3 +194,8 @@ def test_there_is_no_picture_of_nothing(result):
     assert convergence_svg([replace(result.history[0], distance=np.inf)]) == ""
     many = [replace(result.history[0], num_passes=i) for i in range(1, 300)]
     assert len(list(ET.fromstring(convergence_svg(many)))) < 340
+
+
+def test_passes_of_a_forged_history_are_no_more_labels(result):
+    far = [result.history[0], replace(result.history[0], num_passes=10**15)]
+    assert len(list(ET.fromstring(convergence_svg(far)))) < 40

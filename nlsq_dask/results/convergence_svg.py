@@ -44,7 +44,7 @@ def convergence_svg(history: Sequence[IterationRecord]) -> str:
         for (x, y), point in zip(places, points, strict=True)
     )
     decades = range(low, high + 1, -(-(high - low) // _MAX_TICKS))
-    numbers = range(min(passes), max(passes) + 1, -(-len(set(passes)) // 10))
+    numbers = range(min(passes), max(passes) + 1, -(-(max(passes) - min(passes) + 1) // 10))
     grid = "".join(_level(at(min(passes), decade)[1], f"1e{decade}") for decade in decades)
     ticks = "".join(
         _label(at(number, low)[0], _HEIGHT - _BOTTOM + 15, str(number)) for number in numbers
