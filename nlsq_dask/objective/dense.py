@@ -183,9 +183,7 @@ class FullObjective(Passes):
         mean, square = self.sample.left_out(
             state.params, state.step.vector, evaluation.whitening, reach
         )
-        known = (
-            state.secant if evaluation.curvature is None else state.secant + evaluation.curvature
-        )
+        known = evaluation.curvature_with(state.secant)
         mean = mean - known @ (evaluation.whitening @ state.step.vector) / num_rows
         left = num_rows * (np.linalg.norm(mean) + np.sqrt(square / max(rows, 1)))
         return float(left / np.linalg.norm(evaluation.normal.grad))

@@ -66,6 +66,10 @@ class Evaluation:
     curvature: Float[np.ndarray, "k k"] | None = None
     penalty_cost: float = 0.0  # the part of the cost that comes from no row
 
+    def curvature_with(self, secant: Float[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]:
+        """All that is known of the Hessian beside the gram, `secant` having been learned."""
+        return secant if self.curvature is None else self.curvature + secant
+
 
 @dataclass(frozen=True, kw_only=True)
 class State(Progress):
@@ -274,7 +278,7 @@ class TrustRegion:
 
     def _at(self, state: State, evaluation: Evaluation, secant: Float[np.ndarray, "k k"]) -> State:
         """The state with another best point."""
-        curvature = secant if evaluation.curvature is None else evaluation.curvature + secant
+        curvature = evaluation.curvature_with(secant)
         model = build_quadratic(evaluation.normal, evaluation.whitening, curvature)
         scale = np.maximum(state.scale, model.column_norms)
         newton = solve_subproblem(model, scale, np.inf, self._to_bounds(evaluation.params))
