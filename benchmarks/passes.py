@@ -37,6 +37,7 @@ from nlsq_dask.evaluate.cluster import ClusterEvaluator
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.problem import Problem
+from nlsq_dask.sources.buffers import BufferPool, lending
 
 CHUNK_ROWS = 500_000
 TINY_CHUNK_ROWS = 64
@@ -129,8 +130,14 @@ def jobs_against_floors(problem: Problem, request: Request) -> dict[str, Callabl
     leaves = range(problem.source.num_chunks)
     cold = ProblemHome(problem=problem, cache_bytes=0, prefetch=True)
     warm = ProblemHome(problem=problem, cache_bytes=2**62, prefetch=True)
+    pool = BufferPool()
+
+    def read_all() -> None:
+        with lending(pool.empty):
+            deque(map(problem.source.read, leaves), maxlen=0)
+
     return {
-        "reading": lambda: deque(map(problem.source.read, leaves), maxlen=0),
+        "reading": read_all,
         "computing": lambda: warm.reduce(leaves, request),
         "pass": lambda: cold.reduce(leaves, request),
         "one": hash_once,

@@ -23,7 +23,8 @@ ORDER = [
     {"checkpoint.file"},
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
     {"parameters.labels"},
-    {"parameters.space", "warmup.normalization", "model", "sources.buffers"},
+    {"parameters.space", "warmup.normalization", "model"},
+    {"sources.buffers", "sources.staying"},
     {"sources.retrying"},
     {"parameters.given", "sources.base", "sources.transport"},
     {

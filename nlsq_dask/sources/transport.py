@@ -25,6 +25,7 @@ from nlsq_dask.errors import (
 
 __all__ = [
     "at_chunk",
+    "comes_at_once",
     "comes_late",
     "is_transient",
     "place_of",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _FROM_AFAR = {"obstore", "fsspec", "IcechunkStore"}
+_ON_THIS_MACHINE = {"LocalStore", "MemoryStore", "ZipStore"}
 # What each library raises that does not raise the builtins alone.
 _RAISED_BY = {
     "obstore.exceptions": ("BaseError",),
@@ -115,6 +117,11 @@ def _unwatched(store: Any) -> Any:
 def comes_late(transport: str) -> bool:
     """Whether it is worth having many requests under way at once."""
     return transport in _FROM_AFAR
+
+
+def comes_at_once(transport: str) -> bool:
+    """Whether it is Zarr's and waits for nothing but this machine's disks and memory."""
+    return transport in _ON_THIS_MACHINE
 
 
 @contextmanager

@@ -16,12 +16,14 @@ import xarray as xr
 import zarr
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
 from zarr.storage import StorePath, WrapperStore
 
 from nlsq_dask.sources.buffers import lender
 from nlsq_dask.sources.retrying import current_log, pauses
+from nlsq_dask.sources.staying import can_stay, run_here
 from nlsq_dask.sources.transport import (
+    comes_at_once,
     is_transient,
     reason_of,
     transport_errors,
@@ -59,16 +61,24 @@ class WatchedStore(WrapperStore[ZarrStore]):
 
 
 class LentArray(zarr.Array[Any]):
-    """Decodes rectangles into memory of the reader's, where it lends any."""
+    """Decodes rectangles into memory of the reader's, where it lends any; near ones by itself."""
 
     def __getitem__(self, selection: Any) -> Any:
-        empty = lender()
-        if empty is None or self.dtype.kind not in "iuf" or not _is_rectangle(selection, self.ndim):
+        if not _is_rectangle(selection, self.ndim):
             return super().__getitem__(selection)
+        buffer = self._lent(selection)
+        if comes_at_once(transport_of_store(self.store)) and can_stay():
+            # Of slices an orthogonal selection is the basic one, which has no `out` in coroutines.
+            return run_here(self.async_array.get_orthogonal_selection(selection, out=buffer))
+        return self.get_basic_selection(selection, out=buffer)
+
+    def _lent(self, selection: tuple[slice, ...]) -> NDBuffer | None:
+        empty = lender()
+        if empty is None or self.dtype.kind not in "iuf":
+            return None
         parts = zip(selection, self.shape, strict=True)
         shape = tuple(len(range(*part.indices(length))) for part, length in parts)
-        buffer = default_buffer_prototype().nd_buffer.from_numpy_array(empty(shape, self.dtype))
-        return self.get_basic_selection(selection, out=buffer)
+        return default_buffer_prototype().nd_buffer.from_numpy_array(empty(shape, self.dtype))
 
 
 def _is_rectangle(selection: Any, ndim: int) -> bool:
