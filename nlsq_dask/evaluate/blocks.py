@@ -148,7 +148,8 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
         elif isinstance(column, TimeColumn) and isinstance(column.column, DaskColumn):
             array = column.column.array.map_blocks(column.axis.to_numbers, dtype=column.dtype)
         elif column.is_in_memory and _nbytes(column) > _MAX_SHIPPED_BYTES:
-            array = da.from_array(column.read((slice(None),) * len(column.shape)), chunks=chunks)
+            values = column.read((slice(None),) * len(column.shape))
+            array = da.from_array(values, chunks=chunks, name=False)  # else named by its digest
         else:
             continue
         remote[role] = array.rechunk(chunks)
