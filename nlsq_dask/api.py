@@ -23,11 +23,11 @@ from nlsq_dask.parameters.given import (
     held_names,
 )
 from nlsq_dask.parameters.space import ParameterSpace
-from nlsq_dask.phases import NanPolicy
 from nlsq_dask.progress import require_progress
 from nlsq_dask.require import require_callback, require_choice, require_flag, require_integer
 from nlsq_dask.resolve import DatasetLike, resolve_arrays, resolve_dataset
 from nlsq_dask.results.result import FitResult
+from nlsq_dask.screening import NanPolicy
 from nlsq_dask.sources.arrays import build_array_source, require_finite
 from nlsq_dask.status import Status
 from nlsq_dask.telemetry import Callback

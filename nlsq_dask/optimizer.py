@@ -23,7 +23,7 @@ from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.evaluate.clients import active_client, require_client
 from nlsq_dask.parameters.given import BoundsLike, StartsLike
 from nlsq_dask.parameters.space import ParameterSpace
-from nlsq_dask.phases import NanPolicy, fit_problem
+from nlsq_dask.phases import fit_problem
 from nlsq_dask.places import choose_client, open_evaluator_at, platform_at
 from nlsq_dask.progress import choose_progress, require_progress, telling
 from nlsq_dask.require import require_callback, shown
@@ -31,6 +31,7 @@ from nlsq_dask.resolve import GivenModel, ModelledRows, given_model, require_abs
 from nlsq_dask.results.report import with_origin
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.streaming import PHASE_NAMES, phase_history
+from nlsq_dask.screening import NanPolicy
 from nlsq_dask.sources.batches import CHUNK_ROWS, Spool
 from nlsq_dask.telemetry import Callback
 from nlsq_dask.warmup.normalization import ParameterNormalizer

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,19 +17,18 @@ from nlsq_dask.checkpoint.journal import Journal, Places, open_journal
 from nlsq_dask.checkpoint.ledger import Ledger
 from nlsq_dask.compilation import compile_seconds
 from nlsq_dask.config import HybridStreamingConfig
-from nlsq_dask.errors import DataError, FitInterrupted
+from nlsq_dask.errors import FitInterrupted
 from nlsq_dask.evaluate.base import Evaluator
-from nlsq_dask.model import check_elementwise
 from nlsq_dask.objective.dense import FullObjective, Passes
 from nlsq_dask.objective.matrix_free import FullProducts, SampleFit, SampleProducts, fit_sample
 from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.problem import Problem
-from nlsq_dask.require import is_scale
 from nlsq_dask.results.diagnostics import runs_of
 from nlsq_dask.results.report import Course, Gate, ScoresPass, build_result
 from nlsq_dask.results.result import FitResult
 from nlsq_dask.results.session import Session
 from nlsq_dask.sample import Sample, draw_sample
+from nlsq_dask.screening import NanPolicy, screen_model, screen_rows, screen_sample
 from nlsq_dask.solvers.minimize import minimize
 from nlsq_dask.solvers.quadratic import next_whitening
 from nlsq_dask.solvers.truncated_newton import NewtonState
@@ -40,9 +39,8 @@ from nlsq_dask.telemetry import Callback, IterationRecord
 from nlsq_dask.warmup.scale import estimate_f_scale
 from nlsq_dask.warmup.search import Warmup, equal_cost, warm_up
 
-__all__ = ["NanPolicy", "fit_problem"]
+__all__ = ["fit_problem"]
 
-NanPolicy = Literal["omit", "raise"]
 _LOGGER = logging.getLogger("nlsq_dask")
 _LIMITED = (Status.STOPPED_BY_CALLBACK, Status.MAX_PASSES, Status.MAX_SECONDS)
 
@@ -136,7 +134,7 @@ class _Fit:
             return self._run(sample)
 
     def _run(self, sample: Sample) -> tuple[Course, State | NewtonState]:
-        self._check_model(sample)
+        screen_model(self._problem, sample, self._config.seed)
         self._journal.meet_sample(sample)
         is_matrix_free = self._problem.plan.is_matrix_free
         sample = sample.in_one_block() if is_matrix_free else sample
@@ -232,7 +230,7 @@ class _Fit:
             return self._within_limits(full, newton.state(full))
         params = space.p0[space.is_free] if fit is None else fit.params
         slope = full(params, center=full.sample.sample.center)
-        self._check_rows(full)
+        self._screen(full)
         state: NewtonState = self._solver(full).init(slope)
         return self._after_pass(full, state)
 
@@ -280,17 +278,6 @@ class _Fit:
             return runs_of(np.zeros(0))
         return runs_of(on_sample.residuals(params))
 
-    def _check_model(self, sample: Sample) -> None:
-        """See that the model is elementwise, at `p0` and beside it.
-
-        At a start of zero a term that mixes rows may be invisible.
-        """
-        space = self._problem.space
-        x = [column.read((slice(0, 4096),)) for column in sample.source.x]
-        for params in (space.p0, space.beside(space.p0, self._config.seed)):
-            parts = [np.asarray(part) for part in space.unflatten(params)]
-            check_elementwise(self._problem.model, x, parts, self._problem.fingerprint)
-
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         done = work()
@@ -337,20 +324,8 @@ class _Fit:
             seed=self._config.seed,
             num_free=self._problem.space.num_free if self._problem.plan.is_matrix_free else 0,
         )
-        if sample.smallest_sigma < np.inf and not is_scale(sample.smallest_sigma):
-            raise DataError(
-                "`sigma` must be positive in every row, of a size whose square is a number, "
-                f"got {sample.smallest_sigma!r}"
-            )
-        self._refuse_invalid(sample.num_invalid, "a sample of")
+        screen_sample(sample, self._nan_policy)
         return sample
-
-    def _refuse_invalid(self, num_invalid: int, where: str) -> None:
-        if num_invalid and self._nan_policy == "raise":
-            raise DataError(
-                f"`ds` must be finite with nan_policy='raise', got {num_invalid:,} rows with "
-                f"NaN or infinity in {where} the data; nan_policy='omit' leaves them out"
-            )
 
     # -- passes over all data
 
@@ -386,7 +361,7 @@ class _Fit:
             full.with_curvature = best.bends
             rival_params = [rival.params for rival in rivals]
             evaluation = full(best.params, warmup.whitening, rival_params, center)
-        self._check_rows(full)
+        self._screen(full)
         state: State = solver.init(evaluation)
         return self._after_pass(full, state)
 
@@ -435,25 +410,9 @@ class _Fit:
         end: _AnyState = minimize(full, solver, start, after)
         return end
 
-    def _check_rows(self, full: Passes) -> None:
-        """What only a full pass can see in the data."""
-        first = full.last
-        assert first is not None
-        rows, chunks = first.sums.rows, list(first.offending_leaves)
-        if int(rows.num_bad_sigma):
-            raise DataError(
-                f"`sigma` must be positive in every row, got {int(rows.num_bad_sigma):,} rows "
-                f"where it is not, in chunks {chunks}"
-            )
-        if int(rows.num_stray):
-            variable = self._problem.model.variables[0]
-            largest = len(self._problem.group_weights or ()) - 1
-            raise DataError(
-                f"{variable!r}, the model's first variable, must hold the number of a group in "
-                f"`residual_weights`, whole and from 0 to {largest}, got "
-                f"{int(rows.num_stray):,} rows where it does not, in chunks {chunks}"
-            )
-        self._refuse_invalid(int(rows.num_invalid), "all of")
+    def _screen(self, full: Passes) -> None:
+        assert full.last is not None
+        screen_rows(self._problem, full.last, self._nan_policy)
 
     def _after_pass(self, full: Passes, state: _AnyState) -> _AnyState:
         """Record the pass, tell the caller, and see whether the budget allows another."""

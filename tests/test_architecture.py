@@ -76,7 +76,7 @@ ORDER = [
     {"checkpoint.snapshot"},
     {"checkpoint.journal"},
     {"checkpoint.ledger"},
-    {"solving"},
+    {"solving", "screening"},
     {"phases", "resolve"},
     {"building", "places"},
     {"optimizer"},
