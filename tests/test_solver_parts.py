@@ -20,6 +20,7 @@ from nlsq_dask.solvers.quadratic import (
     spectrum_of,
 )
 from nlsq_dask.solvers.subproblem import solve_subproblem
+from nlsq_dask.solvers.triangle import solve_triangle
 from nlsq_dask.solvers.trust_region import Evaluation, TrustRegion
 from nlsq_dask.status import Status
 from test_solver import evaluate_with, make_normal, make_solver, rosenbrock, rosenbrock_jacobian
@@ -462,3 +463,19 @@ def test_a_distance_that_is_no_measure_gives_no_contraction(distance):
     measured = solver.update(replace(told, distance=4.0), near)
     assert measured.was_accepted
     assert measured.contraction == measured.distance / 4.0
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_triangle_is_solved_and_the_other_half_is_not_looked_at(lower, transposed, shape, order):
+    rng = np.random.default_rng(0)
+    matrix = np.asarray(rng.normal(size=(5, 5)) + 5 * np.eye(5), order=order)
+    triangle = np.tril(matrix) if lower else np.triu(matrix)
+    right = np.asarray(rng.normal(size=shape), order=order)
+    kept = right.copy()
+    solved = solve_triangle(matrix, right, lower=lower, transposed=transposed)
+    assert solved.shape == shape
+    np.testing.assert_allclose((triangle.T if transposed else triangle) @ solved, right, rtol=1e-13)
+    np.testing.assert_array_equal(right, kept)

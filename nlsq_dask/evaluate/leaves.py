@@ -39,6 +39,7 @@ from nlsq_dask.normal_equations import CostSum, RowStatistics, Sums
 from nlsq_dask.plan import slab_shape
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.windows import Windows, windows_of
 
 __all__ = ["ProblemHome", "peak_memory_bytes", "shapes_of"]
 
@@ -59,13 +60,17 @@ class ProblemHome:
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
     reader: ChunkReader = field(init=False)
+    windows: Windows | None = field(init=False)  # in passes, in the place of the reader
     is_stopped: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
         self.reverse = build_reverse_kernels(self.problem.kernel_spec)
         # Slabs are moved to the devices that share a leaf when it is cut.
-        device = accelerator() if self.problem.plan.num_shards == 1 else None
+        plan = self.problem.plan
+        device = accelerator() if plan.num_shards == 1 else None
+        is_direct = device is None and plan.num_shards == 1 and not plan.is_matrix_free
+        self.windows = windows_of(self.problem.source) if is_direct else None
         self.reader = ChunkReader(
             self.problem.source,
             cache_bytes=self.cache_bytes,
@@ -75,6 +80,10 @@ class ProblemHome:
             device_bytes=0 if device is None else device_room(device),
             may_retry=self.may_retry,
         )
+
+    def leaf(self, index: int) -> Chunk:
+        """A leaf as passes take it."""
+        return self.reader.fetch(index) if self.windows is None else self.windows.leaf(index)
 
     def prepare(self, precision: Precision, chunk: Chunk | None = None) -> int:
         """Compile what the first pass computes; the bytes that XLA needs for it on one leaf.
@@ -131,7 +140,11 @@ class ProblemHome:
         start = time.perf_counter()
         meter = Meter()
         offending: list[int] = []
-        chunks = self.reader.stream(leaves, meter, may_cache=may_cache, blocks=blocks)
+        if self.windows is None:
+            chunks = self.reader.stream(leaves, meter, may_cache=may_cache, blocks=blocks)
+        else:
+            chunks = self.windows.stream(leaves)
+            meter.bytes_read = self.windows.nbytes(leaves)
 
         def each() -> Iterator[tuple[int, PackedSums]]:
             for index, sums in self._evaluate(chunks, request, meter):

@@ -137,7 +137,7 @@ class LocalEvaluator:
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; none are projected where the data are here already."""
         # What is compiled here the first pass finds ready.
-        needed = self._home.prepare(self._precision, self._home.reader.fetch(0))
+        needed = self._home.prepare(self._precision, self._home.leaf(0))
         if is_in_memory(self.problem.source):
             return {}
         projection = MemoryProjection(

@@ -123,7 +123,7 @@ def platform_of_worker(dask_worker: Any) -> str:
 def compile_ahead(spec: HomeSpec, leaf: int) -> int:
     """What the first pass needs, while the client is busy with the sample; XLA's bytes for it."""
     home = home_of(spec)
-    return home.prepare(spec.precision, home.reader.fetch(leaf))
+    return home.prepare(spec.precision, home.leaf(leaf))
 
 
 def probe_worker(spec: HomeSpec) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jax import lax
 
 from nlsq_dask._typing import Array, Bool, Float, Int, Shape
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.sources.windows import MARGIN, Window
 from nlsq_dask.terms import RowTerms
 
 __all__ = ["Tile", "choose_tile_shape", "fold_tiles", "sum_tiles", "whole_tile"]
@@ -86,7 +87,7 @@ def fold_tiles(
     is moved back to end with the chunk; the rows that it shares with the one before have weight
     zero in it.
     """
-    shape = chunk.y.shape
+    shape = rows_shape(chunk)
     counts = [math.ceil(length / size) for length, size in zip(shape, tile_shape, strict=True)]
 
     def at(number: Array) -> Tile:
@@ -113,10 +114,12 @@ def _cut(
     tile_shape: Shape,
     terms: RowTerms,
 ) -> Tile:
+    before = chunk.before if isinstance(chunk, Window) else 0
+
     def cut(array: Array) -> Array:
         sizes = [min(size, have) for size, have in zip(tile_shape, array.shape, strict=True)]
         begin = [
-            start if have > 1 else jnp.zeros_like(start)
+            start + before if have > 1 else jnp.zeros_like(start)
             for start, have in zip(starts, array.shape, strict=True)
         ]
         return lax.dynamic_slice(array, begin, sizes)
@@ -138,6 +141,12 @@ def _cut(
         cluster=None if chunk.cluster is None else cut(chunk.cluster),
     )
     return build_tile(parts, is_real, terms)
+
+
+def rows_shape(chunk: Chunk) -> Shape:
+    """The lengths of a chunk, its padding included."""
+    shape: Shape = chunk.y.shape
+    return (shape[0] - MARGIN,) if isinstance(chunk, Window) else shape
 
 
 def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.linalg
 
 from nlsq_dask._typing import Float, Vector
+from nlsq_dask.solvers.triangle import solve_triangle
 
 __all__ = ["along", "carried", "is_slow", "learned", "relative_size"]
 
@@ -34,7 +35,7 @@ def is_slow(contraction: float) -> bool:
 
 def along(factor: Float[np.ndarray, "j k"], whitening: Float[np.ndarray, "k k"]) -> np.ndarray:
     """``factor R⁻¹``."""
-    return np.asarray(scipy.linalg.solve_triangular(whitening, factor.T, trans=1).T)
+    return solve_triangle(whitening, factor.T, transposed=True).T
 
 
 def carried(

@@ -23,6 +23,7 @@ import scipy.linalg
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.normal_equations import NormalEquations
+from nlsq_dask.solvers.triangle import solve_triangle
 
 __all__ = ["QuadraticModel", "Spectrum", "build_quadratic", "next_whitening", "rank_tolerance"]
 
@@ -120,7 +121,7 @@ def build_quadratic(
     if is_definite:
         lower = scipy.linalg.cholesky(scaled, lower=True)
         inner = lower.T * diagonal
-        residual = scipy.linalg.solve_triangular(lower, grad / diagonal, lower=True)
+        residual = solve_triangle(lower, grad / diagonal, lower=True)
     else:
         kept = values > _GRAM_NOISE * values[-1]
         roots = np.sqrt(np.where(kept, values, 0.0))
@@ -131,13 +132,13 @@ def build_quadratic(
     factor = gauss_newton_factor
     # Second derivatives may overflow where the first do not.
     if curvature is not None and is_definite and np.isfinite(curvature).all():
-        half = scipy.linalg.solve_triangular(inner.T, curvature, lower=True)
-        bent = np.eye(len(half)) + scipy.linalg.solve_triangular(inner.T, half.T, lower=True)
+        half = solve_triangle(inner.T, curvature, lower=True)
+        bent = np.eye(len(half)) + solve_triangle(inner.T, half.T, lower=True)
         bent = 0.5 * (bent + bent.T)
         if np.isfinite(bent).all() and scipy.linalg.eigvalsh(bent)[0] >= _MIN_CURVATURE:
             root = scipy.linalg.cholesky(bent, lower=True)
             factor = root.T @ factor
-            residual = scipy.linalg.solve_triangular(root, residual, lower=True)
+            residual = solve_triangle(root, residual, lower=True)
     return QuadraticModel(
         cost=float(normal.cost),
         factor=factor,

@@ -24,6 +24,7 @@ import scipy.linalg
 
 from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.solvers.quadratic import QuadraticModel, spectrum_of
+from nlsq_dask.solvers.triangle import solve_triangle
 
 __all__ = ["TO_THE_BOUND", "Step", "solve_subproblem"]
 
@@ -120,7 +121,7 @@ class _DampedSteps:
         target = np.concatenate([self._target, np.zeros(len(below))])
         both = scipy.linalg.qr(np.column_stack([rows, target]), mode="r")[0]
         k = len(below)
-        scaled = scipy.linalg.solve_triangular(both[:k, :k], -both[:k, k])
+        scaled = solve_triangle(both[:k, :k], -both[:k, k])
         scale = length * self._norms
         return self._within(scaled / scale, rows, target, scale)
 
