@@ -20,6 +20,7 @@ from nlsq_dask._typing import Bool, Float, Vector
 from nlsq_dask.normal_equations import ScoreSums
 from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.solvers.quadratic import Spectrum, rank_tolerance, spectrum_of
+from nlsq_dask.solvers.triangle import solve_triangle
 
 __all__ = ["Covariance", "estimate_covariance", "no_covariance", "sandwich", "small_sample_factor"]
 
@@ -147,7 +148,7 @@ def sandwich(
         meat = sums.T @ sums
     # Along R⁻¹ the bread is near the identity, so that inverting it loses nothing.
     inverse = scipy.linalg.pinvh(bread)
-    half = scipy.linalg.solve_triangular(whitening, inverse)
+    half = solve_triangle(whitening, inverse)
     return np.asarray(factor * half @ meat @ half.T), is_clamped
 
 
