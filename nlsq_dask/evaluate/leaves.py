@@ -66,10 +66,11 @@ class ProblemHome:
     def __post_init__(self) -> None:
         self.kernels = build_kernels(self.problem.kernel_spec)
         self.reverse = build_reverse_kernels(self.problem.kernel_spec)
+        plan, is_whole = self.problem.plan, self.problem.plan.num_shards == 1
         # Slabs are moved to the devices that share a leaf when it is cut.
-        plan = self.problem.plan
-        device = accelerator() if plan.num_shards == 1 else None
-        is_direct = device is None and plan.num_shards == 1 and not plan.is_matrix_free
+        device = accelerator() if is_whole else None
+        # Reverse kernels draw numbers beside the rows of a chunk, by its shape.
+        is_direct = is_whole and device is None and not plan.is_matrix_free
         self.windows = windows_of(self.problem.source) if is_direct else None
         self.reader = ChunkReader(
             self.problem.source,

@@ -9,8 +9,7 @@ leaf that was copied, to the same bits.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -41,7 +40,6 @@ class Windows:
     """The leaves of float64 arrays of one axis that all lie alike, as windows of one shape."""
 
     source: GridSource
-    columns: dict[str, np.ndarray]  # by role
     _pool: BufferPool = field(default_factory=BufferPool)
 
     def stream(self, leaves: Sequence[int]) -> Generator[tuple[int, Chunk]]:
@@ -53,40 +51,38 @@ class Windows:
         """Of the rows of some leaves."""
         (length,), (num_rows,) = self.source.leaf_shape, self.source.shape
         rows = sum(min(length, num_rows - index * length) for index in leaves)
-        return rows * _ITEM_BYTES * len(self.columns)
+        return rows * _ITEM_BYTES * len(self.source.columns)
 
     def leaf(self, index: int) -> Window:
         """One leaf: a view, or at both ends of the arrays a copy of the same shape."""
-        (length,), (num_rows,) = self.source.leaf_shape, self.source.shape
+        source = self.source
+        (length,), (num_rows,) = source.leaf_shape, source.shape
         start = index * length
-        before = _before(self.columns["y"], start)
-        first, end = start - before, start - before + length + MARGIN
-        if first < 0 or end > num_rows:
-            chunk = pad_chunk(self.source.read(index), (length + MARGIN,), self._pool.empty)
-            return Window(**_parts(chunk), before=np.zeros((), np.int64))
-        view = Chunk(
-            x=tuple(self.columns[f"x{i}"][first:end] for i in range(len(self.source.x))),
-            y=self.columns["y"][first:end],
-            sigma=self.columns["sigma"][first:end] if "sigma" in self.columns else None,
-            extent=np.array([length], np.int64),
-        )
-        return Window(**_parts(view), before=np.array(before, np.int64))
+        place = source.y.read((slice(start, None),)).ctypes.data
+        before = place % ALIGNMENT // _ITEM_BYTES
+        part = slice(start - before, start - before + length + MARGIN)
+        if part.start < 0 or part.stop > num_rows:
+            before, chunk = 0, pad_chunk(source.read(index), (length + MARGIN,), self._pool.empty)
+        else:
+            views = {role: column.read((part,)) for role, column in source.columns.items()}
+            extent = np.array([length], np.int64)
+            chunk = replace(source.assemble(index, views), extent=extent)
+        return Window(**vars(chunk), before=np.array(before, np.int64))
 
 
 def windows_of(source: Source) -> Windows | None:
     """Windows of a source that has something to gain by them; None of any other."""
     if not isinstance(source, GridSource) or source.num_chunks < _FEWEST_LEAVES:
         return None
-    columns = {}
-    for role, column in source.columns.items():
+    places = set()
+    for column in source.columns.values():
         if not isinstance(column, MemoryColumn) or not _is_plain(column.values):
             return None
-        columns[role] = column.values
-    places = {values.ctypes.data % ALIGNMENT for values in columns.values()}
+        places.add(column.values.ctypes.data % ALIGNMENT)
     is_at_hand = places == {0} and source.leaf_shape[0] % MARGIN == 0
     if len(places) > 1 or is_at_hand:
         return None
-    return Windows(source=source, columns=columns)
+    return Windows(source=source)
 
 
 def _is_plain(values: np.ndarray) -> bool:
@@ -97,13 +93,3 @@ def _is_plain(values: np.ndarray) -> bool:
         and values.flags.c_contiguous
         and values.flags.aligned
     )
-
-
-def _before(values: np.ndarray, start: int) -> int:
-    """Values between the last aligned place and this one."""
-    place: int = values.ctypes.data + _ITEM_BYTES * start
-    return place % ALIGNMENT // _ITEM_BYTES
-
-
-def _parts(chunk: Chunk) -> dict[str, Any]:
-    return {part.name: getattr(chunk, part.name) for part in fields(chunk)}
