@@ -70,7 +70,7 @@ def test_normal_equations(case: cases.Problem, compare: Any, report: Callable[..
             cost=lambda: cost(*arguments).block_until_ready(),
             reverse=lambda: jax.block_until_ready(by_rows(*arguments)),
         )
-        normal, _ = kernel()
+        normal, _ = kernel().finish()
     assert int(normal.num_rows) < _ROWS
     ns = {name: 1e9 * value / _ROWS for name, value in seconds.items()}
     report(

@@ -129,12 +129,15 @@ class _Fit:
 
     def run(self) -> tuple[Course, State | NewtonState]:
         sample = self._timed("sample", self._draw)
-        with ThreadPoolExecutor(1, thread_name_prefix="nlsq-plan") as beside:  # the warmup
+        with ThreadPoolExecutor(2, thread_name_prefix="nlsq-plan") as beside:  # the warmup
             self._planned = beside.submit(self._evaluator.memory)
-            return self._run(sample)
+            self._screened = beside.submit(screen_model, self._problem, sample, self._config.seed)
+            try:
+                return self._run(sample)
+            finally:
+                self._screened.result()  # of a model that mixes rows, anything may have come
 
     def _run(self, sample: Sample) -> tuple[Course, State | NewtonState]:
-        screen_model(self._problem, sample, self._config.seed)
         self._journal.meet_sample(sample)
         is_matrix_free = self._problem.plan.is_matrix_free
         sample = sample.in_one_block() if is_matrix_free else sample
@@ -197,6 +200,10 @@ class _Fit:
         is_first = self._ledger.standing is None
         if is_first and warmup is not None and warmup.optima[0].bends:
             on_sample.curvature(warmup.optima[0].params, warmup.whitening)
+        self._await_compiled()
+
+    def _await_compiled(self) -> None:
+        self._screened.result()
         self._planned.result()
 
     def _fit_many(self, on_sample: SampleObjective) -> _Found:
@@ -216,7 +223,7 @@ class _Fit:
             products_of_sample=sample,
             regularization=self._config.regularization_factor,
         )
-        self._timed("plan", self._planned.result)
+        self._timed("plan", self._await_compiled)
         full = ledger.open_products(full)
         start = time.perf_counter()
         state = self._descend(full, self._begin_many(full))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nlsq_dask._typing import Float, Int
+from nlsq_dask._typing import Array, Float, Int
 from nlsq_dask.errors import DataError
-from nlsq_dask.sources.base import Chunk, finite_rows, selected_rows
+from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.columns import MemoryColumn
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.marks import mark_of
@@ -27,6 +28,8 @@ ROWS_ALWAYS_SAMPLED = 50_000
 _MIN_ROWS = 10_000  # 1 % of a million
 _MAX_ROWS = 2**20
 _ROWS_PER_PARAMETER = 20
+_FEWEST_VALID = 1024  # of a sample; of fewer, more rows are drawn
+_MORE_OF_EACH = 32
 _BLOCK_ROWS = 2**14
 _FIRST_STRATA = 128
 _CHUNKS_TO_SPLIT = 32  # fewer are not comparable halves of an archive in time order
@@ -34,14 +37,14 @@ _CHUNKS_TO_SPLIT = 32  # fewer are not comparable halves of an archive in time o
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Valid rows of one chunk, flat, and how many it had."""
+    """Valid rows of those drawn from one chunk, flat, and how many were drawn."""
 
     x: tuple[Float[np.ndarray, " rows"], ...]
     y: Float[np.ndarray, " rows"]
     sigma: Float[np.ndarray, " rows"] | None
     num_valid: int
-    num_invalid: int
-    num_seen: int
+    num_invalid: int  # wanted, but with a value that is not finite
+    num_drawn: int
     smallest_sigma: float
     chunk_bytes: int
     mark: int  # of the chunk
@@ -59,8 +62,8 @@ class Sample:
     is_everything: bool
     num_chunks_read: int
     bytes_read: int
-    num_invalid: int  # rows wanted, but with a value that is not finite
-    valid_share: float  # of the rows looked at
+    num_invalid: int  # rows drawn and wanted, but with a value that is not finite
+    valid_share: float  # of the rows drawn
     smallest_sigma: float
     marks: Mapping[int, int] = field(default_factory=dict)  # of the chunks looked at
     # Of all rows there are, which one each was when it was read; None where that says nothing.
@@ -118,38 +121,44 @@ def sample_size(num_rows: int, max_fraction: float, num_free: int = 0) -> int:
 
 
 def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
-    """A share of a chunk's valid rows, at random offsets that depend on seed and chunk alone."""
-    shape = chunk.y.shape
-    selected = selected_rows(chunk)
-    valid = (selected & finite_rows(chunk)).ravel()
-    num_valid = int(np.count_nonzero(valid))
-    wanted = min(num_valid, int(np.ceil(fraction * num_valid)))
-    rng = np.random.default_rng([seed, index])
-    chosen = (
-        np.arange(num_valid)
-        if wanted == num_valid
-        else np.sort(rng.choice(num_valid, wanted, replace=False))
-    )
-    if num_valid < valid.size:  # a list of all rows takes longer than the draw
-        chosen = np.flatnonzero(valid)[chosen]
-    position = np.unravel_index(chosen, shape)
+    """What is valid of a share of a chunk's rows, drawn by seed and chunk alone.
 
-    def take(array: np.ndarray) -> np.ndarray:
+    No others are looked at: looking at all would take as long as a good part of a pass.
+    """
+    shape = chunk.y.shape if chunk.extent is None else tuple(map(int, chunk.extent))
+    num_real = math.prod(shape)
+    num_drawn = min(num_real, math.ceil(fraction * num_real))
+    if num_drawn < num_real:
+        rng = np.random.default_rng([seed, index])
+        drawn = np.sort(rng.choice(num_real, num_drawn, replace=False, shuffle=False))
+    else:
+        drawn = np.arange(num_real)
+    position = np.unravel_index(drawn, shape)
+
+    def take(array: Array) -> np.ndarray:
+        values = np.asarray(array)
         at = tuple(
             axis if length > 1 else np.zeros_like(axis)
-            for axis, length in zip(position, array.shape, strict=True)
+            for axis, length in zip(position, values.shape, strict=True)
         )
-        return np.asarray(array[at], np.float64)
+        return np.asarray(values[at])
 
-    sigma = None if chunk.sigma is None else take(np.asarray(chunk.sigma))
+    selected = np.ones(num_drawn, bool) if chunk.where is None else take(chunk.where)
+    sigma = () if chunk.sigma is None else (chunk.sigma,)
+    columns = [np.asarray(take(part), np.float64) for part in (chunk.y, *chunk.x, *sigma)]
+    valid = selected & np.logical_and.reduce([np.isfinite(column) for column in columns])
+    num_valid = int(np.count_nonzero(valid))
+    if num_valid < num_drawn:
+        columns = [column[valid] for column in columns]
+    y, *others = columns
     return Rows(
-        x=tuple(take(np.asarray(column)) for column in chunk.x),
-        y=take(np.asarray(chunk.y)),
-        sigma=sigma,
+        x=tuple(others[: len(chunk.x)]),
+        y=y,
+        sigma=others[-1] if sigma else None,
         num_valid=num_valid,
-        num_invalid=int(selected.sum()) - num_valid,
-        num_seen=chunk.y.size if chunk.extent is None else int(np.prod(chunk.extent)),
-        smallest_sigma=np.inf if sigma is None else float(np.min(sigma, initial=np.inf)),
+        num_invalid=int(np.count_nonzero(selected)) - num_valid,
+        num_drawn=num_drawn,
+        smallest_sigma=float(np.min(others[-1], initial=np.inf)) if sigma else np.inf,
         chunk_bytes=chunk.nbytes,
         mark=mark_of(chunk, index),
     )
@@ -168,7 +177,7 @@ def draw_sample(
     seed: int,
     num_free: int = 0,
 ) -> Sample:
-    """Draw rows from evenly spread chunks; from more of them where too few rows are valid.
+    """Draw rows from evenly spread chunks; from more, and more of each, where too few are valid.
 
     Raises
     ------
@@ -178,15 +187,19 @@ def draw_sample(
     target = sample_size(num_rows, max_fraction, num_free)
     everything = target == num_rows
     strata = num_chunks if everything else min(_FIRST_STRATA, num_chunks)
+    wanted = target
     while True:
         rng = np.random.default_rng([seed, strata])
         chosen = _stratified(num_chunks, strata, rng)
-        share = min(1.0, target * num_chunks / (num_rows * strata))
+        share = min(1.0, wanted * num_chunks / (num_rows * strata))
         drawn = map_chunks(functools.partial(draw_rows, fraction=share, seed=seed), chosen)
         found = sum(len(rows.y) for rows in drawn)
-        if strata == num_chunks or found >= min(target, 4096) // 4:
+        if found >= min(target, _FEWEST_VALID) or (strata == num_chunks and share == 1.0):
             break
-        strata = min(num_chunks, 8 * strata)
+        if strata < num_chunks:
+            strata = min(num_chunks, 8 * strata)
+        else:
+            wanted *= _MORE_OF_EACH
     if found == 0:
         raise DataError(
             f"`ds` must have rows that can be fitted: of {num_rows:,} rows none is selected, "
@@ -238,7 +251,7 @@ def _assemble(
         num_chunks_read=len(chosen),
         bytes_read=sum(rows.chunk_bytes for rows in drawn),
         num_invalid=sum(rows.num_invalid for rows in drawn),
-        valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_seen for rows in drawn),
+        valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_drawn for rows in drawn),
         smallest_sigma=min(rows.smallest_sigma for rows in drawn),
         marks={leaf: rows.mark for leaf, rows in zip(chosen, drawn, strict=True)},
         places=places,

@@ -41,6 +41,7 @@ ORDER = [
     {"sources.batches", "sources.origin"},
     {"kernels.tiles", "kernels.products"},
     {"kernels.rows", "kernels.counts"},
+    {"kernels.handed"},
     {"kernels.build", "kernels.width", "plan"},
     {"kernels.reverse"},
     {"problem"},

@@ -97,7 +97,7 @@ def test_normal_equations_are_those_of_the_dense_jacobian(chunk, tile_rows, padd
         padded = pad_chunk(chunk, padded_shape)
         normal, rows = kernels.normal_equations(
             PARAMS, directions, TERMS, padded, precision="float64"
-        )
+        ).finish()
         costs = kernels.costs(np.stack([PARAMS, PARAMS]), TERMS, padded)
         summary = kernels.summary(np.asarray(0.25), TERMS, padded)
     whitened = jac @ directions
@@ -134,7 +134,7 @@ def test_masked_rows_never_reach_the_derivative():
     with jax.enable_x64(True):
         normal, _ = kernels.normal_equations(
             space.p0, np.eye(2), terms_of(1.0), chunk, precision="float64"
-        )
+        ).finish()
     assert normal.is_finite
     assert int(normal.num_rows) == 2
 
@@ -151,8 +151,10 @@ def test_rows_are_weighed_and_counted_by_their_group():
     space = build_parameter_space(("a",), {}, {"a": 2.0})
     for tile in ((10,), (8,)):
         with jax.enable_x64(True):
-            normal, rows = kernels_of(model, space, tile).normal_equations(
-                space.p0, np.eye(1), terms, chunk, precision="float64"
+            normal, rows = (
+                kernels_of(model, space, tile)
+                .normal_equations(space.p0, np.eye(1), terms, chunk, precision="float64")
+                .finish()
             )
         assert int(normal.num_rows) == 3  # rows 0, 1 and 7
         expected = 0.5 * (4.0 * (2 - 0) ** 2 + 0.25 * (2 - 1) ** 2 + 0.25 * (2 - 7) ** 2)
@@ -169,8 +171,10 @@ def test_statistics_are_of_the_residuals_whatever_the_loss(loss):
     chunk = Chunk(x=tuple(x), y=y)
     r, *_ = dense(chunk)
     with jax.enable_x64(True):
-        normal, rows = kernels_of(MODEL, SPACE, (16,), loss).normal_equations(
-            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        normal, rows = (
+            kernels_of(MODEL, SPACE, (16,), loss)
+            .normal_equations(PARAMS, np.eye(3), TERMS, chunk, precision="float64")
+            .finish()
         )
     oracle = scipy.optimize.least_squares(
         lambda p: p[0] * np.exp(-p[1] * x[0]) + p[2] * x[1] ** 2 - y, PARAMS, loss=loss, max_nfev=1
@@ -249,8 +253,10 @@ def test_sigma_of_zero_or_less_is_counted_where_a_row_would_count():
     y = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.nan])
     chunk = Chunk(x=(y.copy(), np.ones(6)), y=y, sigma=sigma)
     with jax.enable_x64(True):
-        _, rows = kernels_of(MODEL, SPACE, (4,)).normal_equations(
-            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        _, rows = (
+            kernels_of(MODEL, SPACE, (4,))
+            .normal_equations(PARAMS, np.eye(3), TERMS, chunk, precision="float64")
+            .finish()
         )
     assert int(rows.num_bad_sigma) == 2
     assert int(rows.num_invalid) == 2
@@ -347,7 +353,9 @@ def test_fewer_directions_than_parameters():
     directions = np.array([[1.0, 0.5], [0.0, 2.0], [0.3, 0.0]])
     kernels = kernels_of(MODEL, SPACE, (16,))
     with jax.enable_x64(True):
-        normal, _ = kernels.normal_equations(PARAMS, directions, TERMS, chunk, precision="float64")
+        normal, _ = kernels.normal_equations(
+            PARAMS, directions, TERMS, chunk, precision="float64"
+        ).finish()
         along = kernels.curvature(PARAMS, directions, TERMS, chunk)
         whole = np.asarray(kernels.curvature(PARAMS, np.eye(3), TERMS, chunk))
     whitened = jac @ directions
@@ -365,8 +373,10 @@ def test_variables_that_broadcast_along_any_axis():
     r, jac, valid = dense(chunk)
     assert valid.sum() == 2 * 11
     with jax.enable_x64(True):
-        normal, _ = kernels_of(MODEL, SPACE, (2, 3, 4)).normal_equations(
-            PARAMS, np.eye(3), TERMS, chunk, precision="float64"
+        normal, _ = (
+            kernels_of(MODEL, SPACE, (2, 3, 4))
+            .normal_equations(PARAMS, np.eye(3), TERMS, chunk, precision="float64")
+            .finish()
         )
     assert int(normal.num_rows) == len(r)
     np.testing.assert_allclose(normal.gram, jac.T @ jac, rtol=1e-11)
@@ -385,7 +395,7 @@ def test_rows_that_are_handed_out_come_to_the_normal_equations(loss):
         rows = jax.device_get(kernels.linearisation(PARAMS, np.eye(3), TERMS, chunk))
         normal, counts = kernels.normal_equations(
             PARAMS, np.eye(3), TERMS, chunk, precision="float64"
-        )
+        ).finish()
     np.testing.assert_allclose(rows.jac @ rows.jac.T, normal.gram, rtol=1e-12)
     np.testing.assert_allclose(rows.jac @ rows.target, normal.grad, rtol=1e-12)
     assert np.flatnonzero(~rows.is_row).tolist() == [4]

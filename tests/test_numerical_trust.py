@@ -182,7 +182,7 @@ def check_kernels(case: ChunkCase):
     with jax.enable_x64(True):
         normal, counts = kernels.normal_equations(
             case.params, back, case.terms, case.padded, precision="float64"
-        )
+        ).finish()
         scores = kernels.scores(case.params, back, case.terms, case.padded, num_clusters=4)
         curvature = kernels.curvature(case.params, back, case.terms, case.padded)
         rivals = np.stack([case.params, 1.1 * case.params])
@@ -259,8 +259,10 @@ def check_low_precision(case: ChunkCase, precision: str):
     back = np.linalg.inv(case.whitening)
     jac = rows.jac @ back.astype(LONG)
     with jax.enable_x64(True):
-        normal, _ = build_kernels(case.spec).normal_equations(
-            case.params, back, case.terms, case.padded, precision=precision
+        normal, _ = (
+            build_kernels(case.spec)
+            .normal_equations(case.params, back, case.terms, case.padded, precision=precision)
+            .finish()
         )
     size = np.abs(rows.jac) @ np.abs(back)
     # Of the values that the residuals are differences of.

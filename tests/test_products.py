@@ -25,14 +25,19 @@ def test_sums_of_products_over_tiles_are_dense(way, num_rows, k, num_summed):
         for _ in range(2)
     ]
     products = products_for(way, "float64")
+    counts = rng.integers(0, 100, (2, 256)).astype(float)
 
     @jax.jit
     def total(first, second):
-        carry = products.start(jax.eval_shape(lambda: first))
-        return products.finish(products.add(products.add(carry, first), second))
+        carry = products.start(*jax.eval_shape(lambda: (first, counts)))
+        for tile in (first, second):
+            carry = products.add(carry, tile, counts)
+        return products.finish(carry)
 
     with jax.enable_x64(True):
-        totals = total(*tiles)
+        sums = np.asarray(total(*tiles))
+    totals, counted = products.split(sums, k, 1 + num_summed)
+    np.testing.assert_array_equal(counted.reshape(2, -1).sum(axis=1), 2 * counts.sum(axis=1))
     jac = np.concatenate([tile.jac for tile in tiles], axis=1).astype(LONG)
     target = np.concatenate([tile.target for tile in tiles]).astype(LONG)
     summed = np.stack(
@@ -63,6 +68,7 @@ def test_lanes_are_for_columns_of_one_precision():
     jac, target = rng.normal(size=(3, 40)).astype(np.float32), rng.normal(size=40)
     with jax.enable_x64(True):
         rows = ProductRows(jac=jnp.asarray(jac), target=jnp.asarray(target))
-        totals = Dot().add(Dot().start(rows), rows)
+        counts = jnp.zeros((1, 128))
+        totals, _ = Dot().add(Dot().start(rows, counts), rows, counts)
     np.testing.assert_allclose(totals.grad, jac.astype(float) @ target, rtol=1e-14)
     np.testing.assert_allclose(totals.gram, jac.astype(float) @ jac.T.astype(float), rtol=1e-5)

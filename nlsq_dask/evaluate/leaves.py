@@ -9,16 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import psutil
 
-from nlsq_dask._typing import abstract
+from nlsq_dask._typing import Array, abstract
 from nlsq_dask.config import Precision
 from nlsq_dask.evaluate.base import RangeReport, Request
 from nlsq_dask.evaluate.marks import add_marks
@@ -34,8 +34,9 @@ from nlsq_dask.evaluate.reading import (
 from nlsq_dask.evaluate.shards import cut_slabs
 from nlsq_dask.evaluate.tree import bin_level, sum_range
 from nlsq_dask.kernels.build import Kernels, build_kernels
+from nlsq_dask.kernels.handed import HandedSums
 from nlsq_dask.kernels.reverse import ReverseKernels, build_reverse_kernels
-from nlsq_dask.normal_equations import CostSum, RowStatistics, Sums
+from nlsq_dask.normal_equations import CostSum, RowStatistics, RowSummary, ScoreSums, Sums
 from nlsq_dask.plan import slab_shape
 from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk
@@ -92,17 +93,23 @@ class ProblemHome:
         Those are beside the arguments, for all slabs together. A chunk's dtypes are part of what
         is compiled: without one they are taken to be float64, and only the number is of use.
         """
-        kernels, num_shards = self.kernels, self.problem.plan.num_shards
+        num_shards = self.problem.plan.num_shards
         if chunk is None or num_shards > 1:
             chunk = _abstract_slab(self.problem)
-        most = 0
-        for kernel, arguments, options in self._first_kernels(chunk, precision):
+        compiled = self.kernels.temporary_bytes
+
+        def compile_one(needed: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> int:
+            kernel, arguments, options = needed
             shapes = (kernel, shapes_of(arguments), *options.values())
-            with jax.enable_x64(True), kernels.compiling:
-                if shapes not in kernels.temporary_bytes:
-                    compiled = kernel.lower(*arguments, **options).compile()
-                    kernels.temporary_bytes[shapes] = _temporary_bytes(compiled)
-            most = max(most, kernels.temporary_bytes[shapes])
+            if shapes not in compiled:
+                with jax.enable_x64(True):  # of each thread its own
+                    lowered = kernel.lower(*arguments, **options)
+                    compiled[shapes] = _temporary_bytes(lowered.compile())
+            return compiled[shapes]
+
+        needed = list(self._first_kernels(chunk, precision))
+        with self.kernels.compiling, ThreadPoolExecutor(len(needed)) as threads:
+            most = max(threads.map(compile_one, needed))
         copied = self.problem.plan.leaf_bytes if num_shards > 1 else 0
         return num_shards * most + copied
 
@@ -177,29 +184,31 @@ class ProblemHome:
     ) -> Iterator[tuple[int, PackedSums]]:
         """The sums of each leaf, in order. Small leaves are waited for a group at a time."""
         request = _on_device(request)
-        started: list[tuple[int, list[Sums]]] = []
+        started: list[tuple[int, list[_Started]]] = []
         layout: Layout | None = None
         ready: set[Hashable] = set()
-        group_size = 1
+        group_size: int | None = None
         for index, chunk in chunks:
             if self.is_stopped.is_set():
                 raise CancelledError(f"stopped before leaf {index}")
             started.append((index, self._start(chunk, request, meter, ready)))
+            arrays = jax.tree.leaves(started[-1][1])
             if self.reader.device is not None:
-                for array in jax.tree.leaves(started[-1][1]):
+                for array in arrays:
                     array.copy_to_host_async()
-            if layout is None:
-                layout = Layout(started[0][1][0])
-                group_size = _group_size(chunk.nbytes + layout.nbytes)
+            if group_size is None:
+                group_size = _group_size(chunk.nbytes + sum(array.nbytes for array in arrays))
             if len(started) == group_size:
+                layout = layout or Layout(started[0][1][0].finish())
                 yield from _fetch(started, layout)
                 started.clear()
-        if layout is not None:
+        if started:
+            layout = layout or Layout(started[0][1][0].finish())
             yield from _fetch(started, layout)
 
     def _start(
         self, chunk: Chunk, request: Request, meter: Meter, ready: set[Hashable]
-    ) -> list[Sums]:
+    ) -> list[_Started]:
         """Start the sums of a leaf: its slabs are computed beside each other."""
         slabs = cut_slabs(chunk, self.problem.plan.num_shards)
         kind = _kind_of(slabs[0])
@@ -212,7 +221,7 @@ class ProblemHome:
                 return started
             return self._start_slabs(slabs, request)
 
-    def _start_slabs(self, slabs: Sequence[Chunk], request: Request) -> list[Sums]:
+    def _start_slabs(self, slabs: Sequence[Chunk], request: Request) -> list[_Started]:
         if len(slabs) == 1:
             return [self._dispatch(slabs[0], request)]
         devices = jax.local_devices()
@@ -221,10 +230,10 @@ class ProblemHome:
             for i, slab in enumerate(slabs)
         ]
 
-    def _dispatch(self, chunk: Chunk, request: Request) -> Sums:
+    def _dispatch(self, chunk: Chunk, request: Request) -> _Started:
         """Start what is asked for, on the device that holds the chunk, without waiting for it."""
         params, terms, kernels = request.params, request.terms, self.kernels
-        normal, rows = self._normal(chunk, request)
+        normal = self._normal(chunk, request)
         rivals = summary = scores = None
         if request.rivals is not None:
             rivals = kernels.costs(request.rivals, terms, chunk)
@@ -235,9 +244,9 @@ class ProblemHome:
             scores = kernels.scores(
                 params, request.directions, terms, chunk, num_clusters=num_clusters
             )
-        return Sums(normal=normal, rows=rows, rival_costs=rivals, summary=summary, scores=scores)
+        return _Started(normal, rivals, summary, scores)
 
-    def _normal(self, chunk: Chunk, request: Request) -> tuple[CostSum, RowStatistics]:
+    def _normal(self, chunk: Chunk, request: Request) -> HandedSums | tuple[CostSum, RowStatistics]:
         params, terms, precision = request.params, request.terms, request.precision
         if request.directions is not None:
             return self.kernels.normal_equations(
@@ -270,6 +279,26 @@ class ProblemHome:
             kernels.compiled.update(needed)
 
 
+class _Started(NamedTuple):
+    """The sums of a slab, as its kernels hand them over; some may still be being computed."""
+
+    normal: HandedSums | tuple[CostSum, RowStatistics]
+    rival_costs: Array | None
+    summary: RowSummary | None
+    scores: ScoreSums | None
+
+    def finish(self) -> Sums:
+        handed = self.normal
+        normal, rows = handed.finish() if isinstance(handed, HandedSums) else handed
+        return Sums(
+            normal=normal,
+            rows=rows,
+            rival_costs=self.rival_costs,
+            summary=self.summary,
+            scores=self.scores,
+        )
+
+
 def shapes_of(arguments: Any) -> Hashable:
     """What decides whether a kernel has been compiled for these arguments."""
     leaves = jax.tree.leaves(arguments)
@@ -300,11 +329,12 @@ def _on_device(request: Request) -> Request:
 
 
 def _fetch(
-    started: Sequence[tuple[int, list[Sums]]], layout: Layout
+    started: Sequence[tuple[int, list[_Started]]], layout: Layout
 ) -> Iterator[tuple[int, PackedSums]]:
     """Wait for the sums of some leaves; those of slabs are added in order."""
     for index, slabs in started:
-        yield index, functools.reduce(operator.add, map(layout.pack, slabs))
+        packed = (layout.pack(slab.finish()) for slab in slabs)
+        yield index, functools.reduce(operator.add, packed)
 
 
 def _abstract_slab(problem: Problem) -> Chunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -10,15 +11,16 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from nlsq_dask._typing import Array, Bool, Float, Shape
+from nlsq_dask._typing import Array, Bool, Float, Shape, abstract
 from nlsq_dask.config import Precision
-from nlsq_dask.kernels.counts import RowCounts, count_rows
+from nlsq_dask.kernels.counts import count_rows, counted_rows, num_lanes
+from nlsq_dask.kernels.handed import HandedSums
 from nlsq_dask.kernels.products import ProductRows, Way, products_for
 from nlsq_dask.kernels.rows import linearise, residual_function, row_costs
-from nlsq_dask.kernels.tiles import Tile, fold_tiles, sum_tiles, whole_tile
+from nlsq_dask.kernels.tiles import Tile, fold_tiles, rows_shape, sum_tiles, whole_tile
 from nlsq_dask.losses import LOSSES, robust_terms
 from nlsq_dask.model import Model
-from nlsq_dask.normal_equations import NormalEquations, RowStatistics, RowSummary, ScoreSums
+from nlsq_dask.normal_equations import RowSummary, ScoreSums
 from nlsq_dask.parameters.space import ParameterSpace
 from nlsq_dask.recent import Recent
 from nlsq_dask.sources.base import Chunk
@@ -77,7 +79,7 @@ class Kernels:
     Call them with 64-bit types enabled and parameters as float64 arrays.
     """
 
-    normal_equations: Callable[..., tuple[NormalEquations, RowStatistics]]
+    normal_equations: Callable[..., HandedSums]
     costs: Callable[..., Float[Array, " rivals"]]
     summary: Callable[..., RowSummary]
     scores: Callable[..., ScoreSums]
@@ -147,37 +149,41 @@ def _normal_equations(
     terms: RowTerms,
     chunk: Chunk,
     precision: Precision,
-) -> tuple[NormalEquations, RowStatistics]:
+) -> HandedSums:
     products = products_for(spec.products, precision)
+    counted = counted_rows(chunk, terms)
+    jac_dtype = jnp.float64 if precision == "float64" else jnp.float32
+    dtype = jnp.float32 if precision == "float32" else jnp.float64
+    # Of a linear loss the target is the residual, and all can be told from its products.
+    num_summed = 0 if spec.loss == "linear" else 3
 
-    def reduce(tile: Tile) -> tuple[ProductRows, RowCounts]:
+    def add(carry: Any, tile: Tile) -> Any:
         rows = linearise(
             spec.model, spec.space, spec.loss, tile, params, directions, terms, precision
         )
-        summed: tuple[Array, ...] = ()
-        if spec.loss != "linear":  # of which the target is the residual
-            summed = (rows.residual, rows.residual**2, rows.cost)
-        return ProductRows(jac=rows.jac, target=rows.target, summed=summed), count_rows(tile)
+        summed = (rows.residual, rows.residual**2, rows.cost)[:num_summed]
+        columns = ProductRows(
+            jac=rows.jac.astype(jac_dtype),
+            target=rows.target.astype(dtype),
+            summed=tuple(column.astype(dtype) for column in summed),
+        )
+        return products.add(carry, columns, count_rows(tile))
 
-    def start(template: tuple[ProductRows, RowCounts]) -> tuple[Any, RowCounts]:
-        rows, counts = template
-        zeros = jax.tree.map(lambda count: jnp.zeros(count.shape, count.dtype), counts)
-        return products.start(rows), zeros
-
-    def add(
-        carry: tuple[Any, RowCounts], part: tuple[ProductRows, RowCounts]
-    ) -> tuple[Any, RowCounts]:
-        (sums, counts), (rows, counted) = carry, part
-        return products.add(sums, rows), jax.tree.map(jnp.add, counts, counted)
-
-    sums, counts = fold_tiles(chunk, spec.tile_shape, terms, reduce, start, add)
-    totals = products.finish(sums)
-    target_sum, *robust = totals.sums
-    residual_sum, square, cost = robust or (target_sum, totals.square, 0.5 * totals.square)
-    normal = NormalEquations(
-        gram=totals.gram, grad=totals.grad, cost=cost, num_rows=counts.num_rows
+    k, num_rows = directions.shape[1], math.prod(spec.tile_shape)
+    column = abstract((num_rows,), dtype)
+    like = ProductRows(
+        jac=abstract((k, num_rows), jac_dtype), target=column, summed=(column,) * num_summed
     )
-    return normal, counts.statistics(chunk, residual_sum, square)
+    counts = abstract((len(counted), num_lanes(num_rows)))
+    sums = fold_tiles(chunk, spec.tile_shape, terms, products.start(like, counts), add)
+    return HandedSums(
+        sums=products.finish(sums),
+        extent=jnp.asarray(rows_shape(chunk) if chunk.extent is None else chunk.extent),
+        products=products,
+        num_directions=k,
+        num_summed=1 + num_summed,
+        counted=counted,
+    )
 
 
 def _costs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
@@ -11,92 +11,108 @@ from nlsq_dask._typing import Array, Bool, Float, Int
 from nlsq_dask.kernels.tiles import Tile
 from nlsq_dask.normal_equations import RowStatistics
 from nlsq_dask.sources.base import Chunk
+from nlsq_dask.terms import RowTerms
 
-__all__ = ["ResidualSums", "RowCounts", "count_rows", "sum_residuals"]
+__all__ = [
+    "Counted",
+    "ResidualSums",
+    "count_rows",
+    "counted_rows",
+    "num_lanes",
+    "row_statistics",
+    "sum_residuals",
+]
+
+Counted: TypeAlias = Literal["rows", "bad_sigma", "wanted", "stray"]
 
 _LANES = 1024
+_MULTIPLE = 128  # that lanes come in
 _BAD = 2**7  # that a row adds beside its 1, in 16 bits, where its sigma is refused
 
 
-class RowCounts(NamedTuple):
-    """What has to be counted row by row, and None of what does not. Additive."""
-
-    num_rows: Int[Array, ""]
-    num_wanted: Int[Array, ""] | None  # None: all rows that the chunk has
-    num_bad_sigma: Int[Array, ""] | None
-    num_stray: Int[Array, ""] | None
-
-    def statistics(
-        self, chunk: Chunk, residual_sum: Float[Array, ""], residual_square: Float[Array, ""]
-    ) -> RowStatistics:
-        """Of a chunk over all of whose tiles this is the sum."""
-        real, zero = _num_real(chunk), jnp.zeros((), jnp.int64)
-        wanted = real if self.num_wanted is None else self.num_wanted
-        return RowStatistics(
-            num_masked=real - self.num_rows,
-            num_invalid=wanted - self.num_rows,
-            num_bad_sigma=zero if self.num_bad_sigma is None else self.num_bad_sigma,
-            num_stray=zero if self.num_stray is None else self.num_stray,
-            residual_sum=residual_sum.astype(jnp.float64),
-            residual_square=residual_square.astype(jnp.float64),
-        )
+def counted_rows(chunk: Chunk, terms: RowTerms) -> tuple[Counted, ...]:
+    """What has to be counted row by row; what else is asked for can be told from that."""
+    has_groups = terms.group_weights is not None
+    counted: list[Counted] = ["rows"]
+    if chunk.sigma is not None:
+        counted.append("bad_sigma")
+    if chunk.where is not None or has_groups:
+        counted.append("wanted")
+    if has_groups:
+        counted.append("stray")
+    return tuple(counted)
 
 
-class ResidualSums(NamedTuple):
-    """Counts of rows, and moments of their residuals. Additive."""
-
-    counts: RowCounts
-    first: Float[Array, ""]
-    second: Float[Array, ""]
-
-    def statistics(self, chunk: Chunk) -> RowStatistics:
-        """Of a chunk over all of whose tiles this is the sum."""
-        return self.counts.statistics(chunk, self.first, self.second)
+def num_lanes(num_rows: int) -> int:
+    """Lanes for a tile: so many that the rows of one add up to less than `_BAD`."""
+    least = -(-num_rows // (_BAD - 1))
+    return max(_LANES, -(-least // _MULTIPLE) * _MULTIPLE)
 
 
-def sum_residuals(tile: Tile, residual: Float[Array, ...]) -> ResidualSums:
-    """Those of one tile."""
-    return ResidualSums(count_rows(tile), jnp.sum(residual), jnp.sum(residual**2))
-
-
-def count_rows(tile: Tile) -> RowCounts:
-    """Those of one tile: what is counted by one array comes of one sum."""
+def count_rows(tile: Tile) -> Float[Array, "counted lanes"]:
+    """Counts of one tile, in lanes: as float64, to be added up with all that is."""
     is_row = tile.scale != 0
     code = is_row.astype(jnp.int16)
     if tile.sigma is not None:
         is_bad = (tile.scale < 0) | jnp.isinf(tile.scale)  # sigma is negative, or zero
         code = jnp.where(is_bad, 1 + _BAD, code)
-    num_rows, num_bad = _count_codes(code)
-    return RowCounts(
-        num_rows=num_rows,
-        num_wanted=None if tile.is_wanted is None else _count(tile.is_wanted),
-        num_bad_sigma=None if tile.sigma is None else num_bad,
-        num_stray=None if tile.is_stray is None else _count(tile.is_stray),
+    each = _in_lanes(code)
+    lines = [each] if tile.sigma is None else [each % _BAD, each // _BAD]
+    masks = (mask for mask in (tile.is_wanted, tile.is_stray) if mask is not None)
+    lines.extend(map(_in_lanes, masks))
+    return jnp.stack(lines).astype(jnp.float64)
+
+
+def row_statistics(
+    counted: tuple[Counted, ...],
+    counts: Float[Array, " counted"],
+    num_real: Int[Array, ""] | int,
+    residual_sum: Float[Array, ""],
+    residual_square: Float[Array, ""],
+) -> RowStatistics:
+    """Of a chunk with so many rows, from the counts of all its tiles."""
+    by_name: dict[str, Any] = dict(zip(counted, counts.astype("int64"), strict=True))
+    num_rows = by_name["rows"]
+    return RowStatistics(
+        num_masked=num_real - num_rows,
+        num_invalid=by_name.get("wanted", num_real) - num_rows,
+        num_bad_sigma=by_name.get("bad_sigma", 0 * num_rows),
+        num_stray=by_name.get("stray", 0 * num_rows),
+        residual_sum=residual_sum,
+        residual_square=residual_square,
     )
 
 
-def _count(of: Bool[Array, ...]) -> Int[Array, ""]:
-    return _count_codes(of.astype(jnp.int16))[0]
+class ResidualSums(NamedTuple):
+    """Counts of rows, and moments of their residuals. Additive."""
+
+    counts: Float[Array, " counted"]
+    first: Float[Array, ""]
+    second: Float[Array, ""]
+
+    def statistics(self, chunk: Chunk, terms: RowTerms) -> RowStatistics:
+        """Of a chunk over all of whose tiles this is the sum."""
+        num_real: Any = math.prod(chunk.y.shape)
+        if chunk.extent is not None:
+            num_real = jnp.prod(jnp.asarray(chunk.extent))
+        return row_statistics(
+            counted_rows(chunk, terms),
+            self.counts,
+            num_real,
+            self.first.astype(jnp.float64),
+            self.second.astype(jnp.float64),
+        )
 
 
-def _count_codes(code: Int[Array, ...]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """How many are not zero, and how many of these are more than 1.
-
-    In lanes, which XLA adds as vectors: the sum of a flat array is one addition after another.
-    """
-    flat = code.ravel()
-    lanes = max(_LANES, -(-len(flat) // (_BAD - 1)))  # rows that add up to less than `_BAD`
-    whole = len(flat) - len(flat) % lanes
-    sums = jnp.sum(flat[:whole].reshape(-1, lanes), axis=0, dtype=jnp.int16)
-    each = jnp.concatenate([sums, flat[whole:]]).astype(jnp.int32)
-    return (
-        jnp.sum(each % _BAD, dtype=jnp.int32).astype(jnp.int64),
-        jnp.sum(each // _BAD, dtype=jnp.int32).astype(jnp.int64),
-    )
+def sum_residuals(tile: Tile, residual: Float[Array, ...]) -> ResidualSums:
+    """Those of one tile."""
+    counts = jnp.sum(count_rows(tile), axis=-1)
+    return ResidualSums(counts, jnp.sum(residual), jnp.sum(residual**2))
 
 
-def _num_real(chunk: Chunk) -> Int[Array, ""]:
-    """Rows that a chunk has, without its padding."""
-    if chunk.extent is None:
-        return jnp.asarray(math.prod(chunk.y.shape), jnp.int64)
-    return jnp.prod(jnp.asarray(chunk.extent))
+def _in_lanes(of: Int[Array, ...] | Bool[Array, ...]) -> Int[Array, " lanes"]:
+    """XLA adds lanes as vectors: the sum of a flat array is one addition after another."""
+    flat = of.astype(jnp.int16).ravel()
+    lanes = num_lanes(len(flat))
+    padded = jnp.pad(flat, (0, -len(flat) % lanes))
+    return jnp.sum(padded.reshape(-1, lanes), axis=0, dtype=jnp.int16)

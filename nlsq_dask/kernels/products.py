@@ -13,6 +13,7 @@ sweep    a reduction for each pair of parameters, which XLA fuses on a GPU into 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ Way: TypeAlias = Literal["lanes", "dot", "sweep"]
 _LANES = 128
 _PER_LANE = 8  # products that are added before they reach their lane
 _BLOCK = _LANES * _PER_LANE
+Counts: TypeAlias = Float[Array, "counted lanes"]  # lanes: a multiple of 128
+
 _GROUPS = 3  # of columns, multiplied with all that follow: each is compiled by itself
 
 
@@ -58,27 +61,36 @@ class Totals(NamedTuple):
 
 
 class Products(Protocol):
-    """A way to take products and to sum them."""
+    """A way to take products and to sum them, beside counts that are sums already."""
 
-    def start(self, rows: ProductRows) -> Any:
-        """Nothing yet, for rows of which only shapes and dtypes are known."""
+    def start(self, rows: ProductRows, counts: Counts) -> Any:
+        """Nothing yet, for rows and counts of which only shapes and dtypes are known."""
 
-    def add(self, carry: Any, rows: ProductRows) -> Any: ...
+    def add(self, carry: Any, rows: ProductRows, counts: Counts) -> Any: ...
 
-    def finish(self, carry: Any) -> Totals: ...
+    def finish(self, carry: Any) -> Float[Array, " sums"]:
+        """All in one vector: what takes it apart would take a while to compile."""
+
+    def split(
+        self, sums: Float[np.ndarray, " sums"], k: int, num_summed: int
+    ) -> tuple[Totals, Float[np.ndarray, " counts"]]:
+        """What the vector holds, on the host; each count may be in several parts yet."""
 
 
 @dataclass(frozen=True)
 class Dot:
     """One matrix product for each tile."""
 
-    def start(self, rows: ProductRows) -> Totals:
+    def start(self, rows: ProductRows, counts: Counts) -> tuple[Totals, Counts]:
         k = len(rows.jac)
         zero = jnp.zeros(())
         sums = (zero,) * (1 + len(rows.summed))
-        return Totals(gram=jnp.zeros((k, k)), grad=jnp.zeros(k), square=zero, sums=sums)
+        totals = Totals(gram=jnp.zeros((k, k)), grad=jnp.zeros(k), square=zero, sums=sums)
+        return totals, jnp.zeros(counts.shape)
 
-    def add(self, carry: Totals, rows: ProductRows) -> Totals:
+    def add(
+        self, carry: tuple[Totals, Counts], rows: ProductRows, counts: Counts
+    ) -> tuple[Totals, Counts]:
         new = Totals(
             gram=rows.jac @ rows.jac.T,
             # The gradient decides where the fit ends: in mixed precision it stays in float64.
@@ -86,11 +98,22 @@ class Dot:
             square=_sum(rows.target**2),
             sums=tuple(_sum(part) for part in (rows.target, *rows.summed)),
         )
-        added: Totals = jax.tree.map(lambda total, part: total + part, carry, new)
+        added: tuple[Totals, Counts] = jax.tree.map(
+            lambda total, part: total + part, carry, (new, counts)
+        )
         return added
 
-    def finish(self, carry: Totals) -> Totals:
-        return carry
+    def finish(self, carry: tuple[Totals, Counts]) -> Float[Array, " sums"]:
+        totals, counts = carry
+        parts = (totals.gram, totals.grad, totals.square, *totals.sums, jnp.sum(counts, axis=-1))
+        return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+    def split(
+        self, sums: Float[np.ndarray, " sums"], k: int, num_summed: int
+    ) -> tuple[Totals, Float[np.ndarray, " counts"]]:
+        ends = np.cumsum([k**2, k, 1, num_summed])
+        gram, grad, square, summed, counts = np.split(sums, ends)
+        return Totals(gram.reshape(k, k), grad, square[0], tuple(summed)), counts
 
 
 def _sum(row: Float[Array, " rows"]) -> Float[Array, ""]:
@@ -102,38 +125,47 @@ def _sum(row: Float[Array, " rows"]) -> Float[Array, ""]:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Dot):
     """A reduction for each pair of columns, beside each other."""
 
-    def start(self, rows: ProductRows) -> Totals:
-        return Dot().start(rows)
-
-    def add(self, carry: Totals, rows: ProductRows) -> Totals:
+    def add(
+        self, carry: tuple[Totals, Counts], rows: ProductRows, counts: Counts
+    ) -> tuple[Totals, Counts]:
+        before, counted = carry
         k = len(rows.jac)
-        gram = jnp.asarray(carry.gram)
+        gram = jnp.asarray(before.gram)
         for i, j in itertools.combinations_with_replacement(range(k), 2):
             gram = gram.at[i, j].add(jnp.sum(rows.jac[i] * rows.jac[j]))
         columns = rows.jac.astype(rows.target.dtype)
-        return Totals(
+        totals = Totals(
             gram=gram,
-            grad=carry.grad + jnp.stack([jnp.sum(column * rows.target) for column in columns]),
-            square=carry.square + jnp.sum(rows.target**2),
+            grad=before.grad + jnp.stack([jnp.sum(column * rows.target) for column in columns]),
+            square=before.square + jnp.sum(rows.target**2),
             sums=tuple(
                 total + jnp.sum(part)
-                for total, part in zip(carry.sums, (rows.target, *rows.summed), strict=True)
+                for total, part in zip(before.sums, (rows.target, *rows.summed), strict=True)
             ),
         )
+        return totals, counted + counts
 
-    def finish(self, carry: Totals) -> Totals:
-        return carry._replace(gram=_symmetric(carry.gram))
+    def split(
+        self, sums: Float[np.ndarray, " sums"], k: int, num_summed: int
+    ) -> tuple[Totals, Float[np.ndarray, " counts"]]:
+        totals, counts = super().split(sums, k, num_summed)
+        upper = totals.gram
+        return totals._replace(gram=np.triu(upper) + np.triu(upper, 1).T), counts
 
 
 class _Lanes(NamedTuple):
-    """The rows of the latest tile, in memory, and the sums in lanes."""
+    """The rows of the latest tile, in memory, and the sums in lanes.
+
+    Lines of sums: products of jac and target, group after group; the target and what is only
+    summed; counts. They are one array, since XLA takes a while to compile each that it has to
+    fill with zeros.
+    """
 
     buffer: Float[Array, "columns padded"]  # jac, target, and what is only summed
-    gram: tuple[Float[Array, "group columns lanes"], ...]  # of jac and target together
-    sums: Float[Array, "summed lanes"]
+    sums: Float[Array, "lines lanes"]
 
 
 @dataclass(frozen=True)
@@ -147,55 +179,68 @@ class Lanes:
     vectorise a concatenation.
     """
 
-    def start(self, rows: ProductRows) -> _Lanes:
+    def start(self, rows: ProductRows, counts: Counts) -> _Lanes:
         k, num_rows = rows.jac.shape
         padded = -(-num_rows // _BLOCK) * _BLOCK
-        summed = 1 + len(rows.summed)
+        num_columns = k + 1 + len(rows.summed)
+        num_products = sum(map(math.prod, _group_shapes(k + 1)))
+        num_lines = num_products + num_columns - k + math.prod(counts.shape) // _LANES
         return _Lanes(
-            buffer=jnp.zeros((k + summed, padded), rows.jac.dtype),
-            gram=tuple(jnp.zeros((len(g), k + 1 - g.start, _LANES)) for g in _groups(k + 1)),
-            sums=jnp.zeros((summed, _LANES)),
+            buffer=jnp.zeros((num_columns, padded), rows.jac.dtype),
+            sums=jnp.zeros((num_lines, _LANES)),
         )
 
-    def add(self, carry: _Lanes, rows: ProductRows) -> _Lanes:
+    def add(self, carry: _Lanes, rows: ProductRows, counts: Counts) -> _Lanes:
         k = len(rows.jac)
         buffer = lax.dynamic_update_slice(carry.buffer, rows.jac, (0, 0))
         for i, part in enumerate((rows.target, *rows.summed)):
             buffer = lax.dynamic_update_slice(buffer, part[None], (k + i, 0))
+        counted = counts.reshape(-1, _LANES)
+        sums = _add_lines(carry.sums, len(carry.sums) - len(counted), counted)
 
-        def add_block(number: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
-            gram, sums = carry
+        def add_block(number: Array, sums: Array) -> Array:
             block = lax.dynamic_slice_in_dim(buffer, number * _BLOCK, _BLOCK, axis=1)
             part = block.reshape(len(buffer), _PER_LANE, _LANES)
-            gram = tuple(
-                total
-                + sum(
+            first = 0
+            for group in _groups(k + 1):
+                products = sum(
                     part[group.start : group.stop, None, i] * part[None, group.start : k + 1, i]
                     for i in range(_PER_LANE)
                 )
-                for group, total in zip(_groups(k + 1), gram, strict=True)
-            )
-            return gram, sums + sum(part[k:, i] for i in range(_PER_LANE))
+                lines = jnp.asarray(products).reshape(-1, _LANES)
+                sums = _add_lines(sums, first, lines)
+                first += len(lines)
+            return _add_lines(sums, first, sum(part[k:, i] for i in range(_PER_LANE)))
 
         num_blocks = buffer.shape[1] // _BLOCK
-        gram, sums = lax.fori_loop(0, num_blocks, add_block, (carry.gram, carry.sums))
-        return _Lanes(buffer, gram, sums)
+        return _Lanes(buffer, lax.fori_loop(0, num_blocks, add_block, sums))
 
-    def finish(self, carry: _Lanes) -> Totals:
-        """All lanes in one sum: each step of its own would take a while to compile."""
-        k = len(carry.buffer) - len(carry.sums)
-        lanes = [group.reshape(-1, _LANES) for group in (*carry.gram, carry.sums)]
-        totals = jnp.sum(jnp.concatenate(lanes), axis=-1)
+    def finish(self, carry: _Lanes) -> Float[Array, " sums"]:
+        return jnp.sum(carry.sums, axis=-1)
+
+    def split(
+        self, sums: Float[np.ndarray, " sums"], k: int, num_summed: int
+    ) -> tuple[Totals, Float[np.ndarray, " counts"]]:
         where = _where(k + 1)
-        first = sum(map(len, lanes[:-1]))
-        return Totals(
-            gram=totals[where[:k, :k]],
-            grad=totals[where[:k, k]],
-            square=totals[where[k, k]],
-            sums=tuple(totals[first + i] for i in range(len(carry.sums))),
+        first = int(where.max()) + 1
+        totals = Totals(
+            gram=sums[where[:k, :k]],
+            grad=sums[where[:k, k]],
+            square=sums[where[k, k]],
+            sums=tuple(sums[first : first + num_summed]),
         )
+        return totals, sums[first + num_summed :]
 
 
+def _add_lines(
+    sums: Float[Array, "lines lanes"], first: int, lines: Any
+) -> Float[Array, "lines lanes"]:
+    """In place, for so XLA compiles it."""
+    changed = sums[first : first + len(lines)] + lines
+    return lax.dynamic_update_slice(sums, changed, (first, 0))
+
+
+@functools.cache
 def _where(k: int) -> Int[np.ndarray, "k k"]:
     """Where each product of two columns is among those of the groups, one after the other."""
     where = np.zeros((k, k), np.int32)
@@ -213,8 +258,9 @@ def _groups(k: int) -> Sequence[range]:
     return [range(start, min(start + size, k)) for start in range(0, k, size)]
 
 
-def _symmetric(upper: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
+def _group_shapes(k: int) -> Sequence[tuple[int, int]]:
+    """Columns of each group, and of those that they are multiplied with."""
+    return [(len(group), k - group.start) for group in _groups(k)]
 
 
 _PRODUCTS: Mapping[Way, Products] = {"lanes": Lanes(), "dot": Dot(), "sweep": Sweep()}

@@ -81,7 +81,7 @@ def _gradient(
         )
 
     normal, residuals = sum_tiles(chunk, spec.tile_shape, terms, reduce)
-    return normal, residuals.statistics(chunk)
+    return normal, residuals.statistics(chunk, terms)
 
 
 def _products(
@@ -117,7 +117,7 @@ def _products(
         )
 
     normal, residuals = sum_tiles(chunk, spec.tile_shape, terms, reduce)
-    return normal, residuals.statistics(chunk)
+    return normal, residuals.statistics(chunk, terms)
 
 
 def _diagonal(

@@ -19,7 +19,6 @@ from nlsq_dask.terms import RowTerms
 __all__ = ["Tile", "choose_tile_shape", "fold_tiles", "sum_tiles", "whole_tile"]
 
 _Total = TypeVar("_Total")
-_Part = TypeVar("_Part")
 _Carry = TypeVar("_Carry")
 
 
@@ -62,30 +61,27 @@ def sum_tiles(
 ) -> _Total:
     """``Σ reduce(tile)``, tile after tile in one fixed order."""
 
-    def zero(template: _Total) -> _Total:
-        zeros: _Total = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), template)
-        return zeros
+    template = jax.eval_shape(lambda: reduce(_first_tile(chunk, tile_shape, terms)))
+    zero: _Total = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), template)
 
-    def add(total: _Total, part: _Total) -> _Total:
-        summed: _Total = jax.tree.map(jnp.add, total, part)
+    def add(total: _Total, tile: Tile) -> _Total:
+        summed: _Total = jax.tree.map(jnp.add, total, reduce(tile))
         return summed
 
-    return fold_tiles(chunk, tile_shape, terms, reduce, zero, add)
+    return fold_tiles(chunk, tile_shape, terms, zero, add)
 
 
 def fold_tiles(
     chunk: Chunk,
     tile_shape: Shape,
     terms: RowTerms,
-    reduce: Callable[[Tile], _Part],
-    start: Callable[[_Part], _Carry],
-    add: Callable[[_Carry, _Part], _Carry],
+    start: _Carry,
+    add: Callable[[_Carry, Tile], _Carry],
 ) -> _Carry:
-    """``add(… add(start, reduce(tile 0)) …, reduce(tile n))``.
+    """``add(… add(start, tile 0) …, tile n)``.
 
-    `start` is called with shapes and dtypes of what `reduce` gives. The last tile along an axis
-    is moved back to end with the chunk; the rows that it shares with the one before have weight
-    zero in it.
+    The last tile along an axis is moved back to end with the chunk; the rows that it shares with
+    the one before have weight zero in it.
     """
     shape = rows_shape(chunk)
     counts = [math.ceil(length / size) for length, size in zip(shape, tile_shape, strict=True)]
@@ -100,11 +96,15 @@ def fold_tiles(
         return _cut(chunk, starts, wanted, tile_shape, terms)
 
     def step(number: Array, carry: _Carry) -> _Carry:
-        return add(carry, reduce(at(number)))
+        return add(carry, at(number))
 
-    template = jax.eval_shape(lambda: reduce(at(jnp.zeros((), jnp.int32))))
-    folded: _Carry = lax.fori_loop(0, math.prod(counts), step, start(template))
+    folded: _Carry = lax.fori_loop(0, math.prod(counts), step, start)
     return folded
+
+
+def _first_tile(chunk: Chunk, tile_shape: Shape, terms: RowTerms) -> Tile:
+    zeros = [jnp.zeros((), jnp.int64)] * len(tile_shape)
+    return _cut(chunk, zeros, zeros, tile_shape, terms)
 
 
 def _cut(
@@ -151,8 +151,7 @@ def rows_shape(chunk: Chunk) -> Shape:
 
 def whole_tile(chunk: Chunk, terms: RowTerms) -> Tile:
     """A chunk as one tile."""
-    zeros = [jnp.zeros((), jnp.int64)] * chunk.y.ndim
-    return _cut(chunk, zeros, zeros, chunk.y.shape, terms)
+    return _first_tile(chunk, chunk.y.shape, terms)
 
 
 def build_tile(chunk: Chunk, is_real: Bool[Array, ...], terms: RowTerms) -> Tile:

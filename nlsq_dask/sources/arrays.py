@@ -87,8 +87,9 @@ def require_finite(source: GridSource) -> None:
     for name, column in named:
         if not column.is_in_memory:
             continue
-        bad = np.flatnonzero(~np.isfinite(column.read((slice(None),))))
-        if bad.size:
+        is_finite = np.isfinite(column.read((slice(None),)))
+        if not is_finite.all():
+            bad = np.flatnonzero(~is_finite)
             raise ValueError(
                 f"`{name}` must not contain infs or NaNs, got {bad.size:,} of them, the first in "
                 f"row {int(bad[0]):,}; nan_policy='omit' leaves such rows out"
