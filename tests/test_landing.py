@@ -175,14 +175,38 @@ def test_it_lands_at_the_trial_and_foresees_what_is_left():
 @pytest.mark.parametrize(
     ("share", "lands"), [(0.0, True), (0.05, True), (1.0, False), (np.inf, False), (np.nan, False)]
 )
-def test_what_is_foreseen_may_be_more_than_was_seen(share, lands):
+def test_what_is_foreseen_is_added_to_what_was_seen(share, lands):
     solver = solver_with(distance_tol=1e-3)
     state = near_the_end(solver)
     landed = solver.land(state, lambda _: share)
     assert landed.has_landed is lands
     if lands:
-        left = max(10 * state.contraction, share) * state.distance
+        left = (10 * state.contraction + share) * state.distance
         np.testing.assert_allclose(landed.distance, left, rtol=1e-9)
+
+
+def test_the_way_is_that_of_the_last_newton_step_until_what_it_taught_is_forgotten():
+    solver = solver_with(distance_tol=1e-3)
+    state = near_the_end(solver)
+    after = solver.update(state, evaluate(*state.question))
+    np.testing.assert_array_equal(after.way, state.trial - state.params)
+    assert solver.init(evaluate(np.array([1.9, 0.45]), np.eye(2))).way.tolist() == [0.0, 0.0]
+    # Larger than the gram that it would correct: nothing is kept of it.
+    wild = replace(state, secant=1e9 * np.eye(2))
+    forgotten = solver.update(wild, evaluate(*wild.question))
+    assert not forgotten.secant.any()
+    assert not forgotten.way.any()
+
+
+def test_only_what_is_across_the_way_is_foreseen():
+    whitening = np.array([[2.0, 0.3], [0.0, 0.5]])
+    way, step = np.array([1.0, -2.0]), np.array([0.4, 0.7])
+    across = dense._across(step, way, whitening)
+    assert abs((whitening @ across) @ (whitening @ way)) < 1e-14
+    # What was taken off is along the way.
+    assert abs(np.linalg.det([step - across, way])) < 1e-14
+    np.testing.assert_array_equal(dense._across(step, np.zeros(2), whitening), step)
+    np.testing.assert_allclose(dense._across(3 * way, way, whitening), 0.0, atol=1e-14)
 
 
 @pytest.mark.parametrize(

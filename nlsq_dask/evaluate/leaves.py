@@ -44,7 +44,8 @@ from nlsq_dask.sources.windows import Windows, windows_of
 
 __all__ = ["ProblemHome", "peak_memory_bytes", "shapes_of"]
 
-# Waiting costs as much as starting a leaf does, which counts where leaves are small.
+# Starting a leaf and waiting for it count where leaves are small. A second large one would only
+# have the caches to share with the first.
 _GROUP_BYTES = 2**22
 _MAX_GROUP = 32
 _MOST_VECTORS = 6  # in one pass: both parts of a direction, and four that calibrate
@@ -188,6 +189,7 @@ class ProblemHome:
         layout: Layout | None = None
         ready: set[Hashable] = set()
         group_size: int | None = None
+        num_beside = 0  # leaves that are computed while the sums of a group are added up
         for index, chunk in chunks:
             if self.is_stopped.is_set():
                 raise CancelledError(f"stopped before leaf {index}")
@@ -197,11 +199,12 @@ class ProblemHome:
                 for array in arrays:
                     array.copy_to_host_async()
             if group_size is None:
-                group_size = _group_size(chunk.nbytes + sum(array.nbytes for array in arrays))
-            if len(started) == group_size:
+                nbytes = chunk.nbytes + sum(array.nbytes for array in arrays)
+                group_size, num_beside = _group_size(nbytes), int(nbytes <= _GROUP_BYTES)
+            if len(started) == group_size + num_beside:
                 layout = layout or Layout(started[0][1][0].finish())
-                yield from _fetch(started, layout)
-                started.clear()
+                yield from _fetch(started[:group_size], layout)
+                del started[:group_size]
         if started:
             layout = layout or Layout(started[0][1][0].finish())
             yield from _fetch(started, layout)

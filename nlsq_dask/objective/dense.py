@@ -175,16 +175,19 @@ class FullObjective(Passes):
     def _foresee(self, state: State) -> float:
         """What the step leaves of the gradient, relative to it, as the sample shows.
 
-        That is what the model does not know of, and as much as could hide in the sample's noise.
+        That is what the model does not know of, and as much as could hide in the sample's noise;
+        of the step across the way to here alone, as the model knows what there was along it.
         """
         evaluation, rows = state.evaluation, self.sample.num_rows
-        num_rows = float(evaluation.normal.num_rows)
-        reach = np.sqrt(num_rows / max(rows, 1)) / state.distance
-        mean, square = self.sample.left_out(
-            state.params, state.step.vector, evaluation.whitening, reach
-        )
+        num_rows, whitening = float(evaluation.normal.num_rows), evaluation.whitening
+        across = _across(state.step.vector, state.way, whitening)
+        share = np.linalg.norm(whitening @ across) / np.linalg.norm(whitening @ state.step.vector)
+        if share == 0:
+            return 0.0
+        reach = np.sqrt(num_rows / max(rows, 1)) / (share * state.distance)
+        mean, square = self.sample.left_out(state.params, across, whitening, reach)
         known = evaluation.curvature_with(state.secant)
-        mean = mean - known @ (evaluation.whitening @ state.step.vector) / num_rows
+        mean = mean - known @ (whitening @ across) / num_rows
         left = num_rows * (np.linalg.norm(mean) + np.sqrt(square / max(rows, 1)))
         return float(left / np.linalg.norm(evaluation.normal.grad))
 
@@ -217,3 +220,10 @@ class FullObjective(Passes):
             precision=self.precision,
             names_leaves=self.names_leaves,
         )
+
+
+def _across(step: Vector, way: Vector, whitening: Float[np.ndarray, "k k"]) -> Vector:
+    """The part of a step that is not along a way, where ``R`` makes the axes alike."""
+    along = whitening @ way
+    square = float(along @ along)
+    return step - float(along @ (whitening @ step)) / square * way if square > 0 else step

@@ -79,6 +79,7 @@ class State(Progress):
     model: QuadraticModel
     newton: Step  # within the bounds, from `params`
     secant: Float[np.ndarray, "k k"]  # along the evaluation's R⁻¹, what steps have shown
+    way: Float[np.ndarray, " k"]  # the Newton step that `contraction` is of; zero if forgotten
     turn: Float[np.ndarray, " k"]  # of z, on the way to the trial
     has_landed: bool = False  # `params` are at the end of a step that was not evaluated
 
@@ -185,6 +186,7 @@ class TrustRegion:
             radius=radius if radius > 0 else self.initial_radius,
             newton=newton,
             secant=np.zeros((len(params), len(params))),
+            way=np.zeros(len(params)),
             turn=np.zeros(len(params)),
             step=newton,
             distance=self._distance(model, newton, evaluation),
@@ -234,8 +236,9 @@ class TrustRegion:
     def land(self, state: State, foresee: Callable[[State], float]) -> State:
         """The end of a step that needs no evaluation; the state itself where there is no such.
 
-        What is left of the gradient there is the share that is foreseen at most, or the share that
-        the step before left, tenfold: whichever is more.
+        What is left of the gradient there is, for the part along the step before, the share that
+        this left, tenfold, as it was the end of that step which taught the model; and what is
+        foreseen of the rest.
         """
         may_land = (
             state.status is Status.RUNNING
@@ -248,7 +251,7 @@ class TrustRegion:
         if not may_land or state.contraction is None:
             return state
         normal = state.evaluation.normal
-        left = np.maximum(_ROOM_SEEN * state.contraction, foresee(state))
+        left = _ROOM_SEEN * state.contraction + foresee(state)
         if not np.isfinite(left):
             return state
         end = replace(normal, grad=left * normal.grad, cost=normal.cost - state.step.reduction)
@@ -266,12 +269,16 @@ class TrustRegion:
 
     def _accept(self, state: State, evaluation: Evaluation) -> State:
         accepted = self._at(state, evaluation, self._learned(state, evaluation))
-        contraction = state.contraction
+        contraction, way = state.contraction, state.way
         if state.step.is_newton and 0 < state.distance < np.inf:
             contraction = accepted.distance / state.distance
+            way = evaluation.params - state.params
+        if state.secant.any() and not accepted.secant.any():
+            way = np.zeros_like(way)
         return replace(
             accepted,
             contraction=contraction,
+            way=way,
             num_accepted=state.num_accepted + 1,
             was_accepted=True,
         )
@@ -368,6 +375,7 @@ def _unusable(evaluation: Evaluation) -> State:
         radius=0.0,
         newton=nothing,
         secant=np.zeros((k, k)),
+        way=np.zeros(k),
         turn=np.zeros(k),
         step=nothing,
         distance=np.inf,
