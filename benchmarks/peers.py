@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -178,6 +179,7 @@ def own_on_workers(problem: Problem, data: Data, cache_bytes: int | None = None)
         # Workers import when they are first asked to: that is no part of a fit.
         for module in ("nlsq_dask", *_TO_READ):
             client.run(importlib.import_module, module)
+        client.run(gc.collect)
         yield own_fit(problem, data, client, cache_bytes)
 
 
@@ -305,6 +307,7 @@ def main() -> None:
         importlib.import_module(module)
     import_seconds = time.perf_counter() - start
     with peer.prepare(problem, data) as fit:
+        gc.collect()  # the objects that imports made, which would be looked through in the fit
         speak(stream, event="ready", import_seconds=import_seconds)
         start = time.perf_counter()
         fitted = fit()

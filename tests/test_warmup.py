@@ -15,6 +15,7 @@ import problems
 from config_rows_warmup import GOOD, POOR, ROWS, fit, warmup_of
 from nlsq_dask import HybridStreamingConfig, Status, fit_dataset, phases
 from nlsq_dask.results.diagnostics import runs_of
+from nlsq_dask.warmup import search
 from nlsq_dask.warmup.search import warm_up
 from nlsq_dask.warmup.state import WarmupState
 
@@ -126,20 +127,24 @@ def arguments_of(t, y, model, p0, **options):
 
 
 def in_blocks(t, y, model, p0):
-    """The warmup of a fit whose sample has several blocks, and how many went over all of them."""
+    """The warmup of a fit whose sample has several blocks, and the blocks of each solve."""
     objective, config, tolerances = arguments_of(t, y, model, p0)
     assert len(objective.sample.blocks) >= 4
-    with mock.patch.object(objective, "on", wraps=objective.on) as asked:
+    with mock.patch.object(search, "minimize", wraps=search.minimize) as solved:
         warmup = warm_up(objective, config, tolerances)
-    return warmup, [call.args[0] for call in asked.call_args_list].count(objective.sample.blocks)
+    return warmup, objective.sample, [call.args[0].blocks for call in solved.call_args_list]
 
 
 def test_starts_that_lead_to_one_point_take_the_last_of_the_way_once():
     t, y = problems.make_decay(200_000, seed=3)
-    warmup, num_solves = in_blocks(t, y, problems.decay, problems.P0)
+    warmup, sample, solves = in_blocks(t, y, problems.decay, problems.P0)
     assert warmup.num_starts > 3
     assert len(warmup.optima) == 1
-    assert num_solves == 2  # from there, and once more for the best of all
+    # From there, and once more for the best of all.
+    assert solves.count(sample.blocks) == 2
+    # That the halves agree their first steps tell.
+    assert warmup.halves_agree
+    assert not set(solves) & set(sample.halves)
 
 
 def test_starts_that_lead_apart_stay_apart():
@@ -151,10 +156,27 @@ def test_starts_that_lead_apart_stay_apart():
         return a * jnp.sin(w * t + p)
 
     p0 = {"a": 1.0, "w": 3 + 2 * np.pi / 10, "p": 0.0}
-    warmup, num_solves = in_blocks(t, y, wave, p0)
-    assert num_solves > 2
+    warmup, sample, solves = in_blocks(t, y, wave, p0)
+    assert solves.count(sample.blocks) > 2
     assert len(warmup.optima) > 1
     assert abs(warmup.optima[0].params[1]) == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.parametrize(("drift", "agree"), [(0.0, True), (0.02, False)])
+def test_optima_of_halves_that_disagree_compete(drift, agree):
+    """The values of one half are smaller by `drift`."""
+    t, y = problems.make_decay(200_000, seed=3)
+    objective, config, tolerances = arguments_of(t, y, problems.decay, problems.P0)
+    first, second = objective.sample.halves
+    rows = objective.sample.source.leaf_shape[0]
+    values = objective.sample.source.y.values
+    values[second.start * rows :] *= 1 - drift
+    with mock.patch.object(search, "minimize", wraps=search.minimize) as solved:
+        warmup = warm_up(objective, config, tolerances)
+    assert warmup.halves_agree is agree
+    solves = [call.args[0].blocks for call in solved.call_args_list]
+    assert (first in solves, second in solves) == (not agree, not agree)
+    assert len(warmup.optima) == (1 if agree else 3)
 
 
 @pytest.mark.parametrize("num_rows", [20_000, 49_999])

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import dask
-import dask.array as da
 import distributed
 import numpy as np
 
@@ -95,6 +94,8 @@ class DaskBlocks:
         self, spec: HomeSpec, request: Request, ranges: Sequence[range], name: str
     ) -> list[Any]:
         """A delayed report for each range: a kernel task for each leaf, fused with its loading."""
+        import dask.array as da  # a quarter of a second, which a store does not need
+
         source = self._grid
         number = da.from_array(
             np.arange(source.num_chunks).reshape(source.grid), chunks=1, name=False
@@ -148,6 +149,8 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
         elif isinstance(column, TimeColumn) and isinstance(column.column, DaskColumn):
             array = column.column.array.map_blocks(column.axis.to_numbers, dtype=column.dtype)
         elif column.is_in_memory and _nbytes(column) > _MAX_SHIPPED_BYTES:
+            import dask.array as da
+
             values = column.read((slice(None),) * len(column.shape))
             array = da.from_array(values, chunks=chunks, name=False)  # else named by its digest
         else:

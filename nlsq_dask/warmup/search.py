@@ -312,18 +312,31 @@ class _Search:
 
     def _fit(self, start: Vector, blocks: range) -> State | None:
         """Levenberg-Marquardt on the blocks; None where it cannot begin."""
+        entered = self._enter(start, blocks)
+        return None if entered is None else self._solve(entered, blocks)
+
+    def _enter(self, start: Vector, blocks: range) -> State | None:
+        """A solve on the blocks before its first step; None where it cannot begin."""
         whitening = self._objective.whitening(start, self._explored)
         if whitening is None:
             return None
-        evaluate = self._objective.on(blocks)
-        solver = TrustRegion(
+        self._num_evaluations += 1
+        state = self._solver.init(self._objective.on(blocks)(start, whitening))
+        return None if state.status is Status.NOT_FINITE else state
+
+    def _solve(self, state: State, blocks: range) -> State:
+        before = state.num_trials
+        state = minimize(self._objective.on(blocks), self._solver, state)
+        self._num_evaluations += state.num_trials - before
+        return state
+
+    @property
+    def _solver(self) -> TrustRegion:
+        return TrustRegion(
             bounds=self._bounds,
             tolerances=self._tolerances,
             initial_radius=self._config.trust_region_initial,
         )
-        state = minimize(evaluate, solver, solver.init(evaluate(start, whitening)))
-        self._num_evaluations += state.num_trials + 1
-        return None if state.status is Status.NOT_FINITE else state
 
     def _finish(self, state: State) -> State:
         """The best state, if all it lacked was iterations."""
@@ -384,17 +397,23 @@ class _Search:
         first, second = self._halves
         if first == second:
             return True, []
-        one, other = self._fit(best.params, first), self._fit(best.params, second)
+        one, other = self._enter(best.params, first), self._enter(best.params, second)
         if one is None or other is None:
             return False, []
-        k = len(best.params)
+        # Mostly the first step tells already that they have.
+        if self._is_one_optimum(one, other, one.newton.vector - other.newton.vector):
+            return True, []
+        one, other = self._solve(one, first), self._solve(other, second)
+        if self._is_one_optimum(one, other, one.params - other.params):
+            return True, []
+        return False, self._distinct([one, other])
+
+    def _is_one_optimum(self, one: State, other: State, way: Vector) -> bool:
+        """Whether the optima of two halves are so far apart by chance."""
+        k = len(way)
         rows = self._objective.sample.num_rows / 2
         variance = (one.cost + other.cost) / max(rows - k, 1)
         # θ₁ - θ₂ has twice a half's covariance, so this is a χ² of k degrees of freedom where
         # rows are independent; chunk means that scatter more are the between-chunk variance.
-        way = one.params - other.params
         chi2 = float(np.sum((one.model.gauss_newton_factor @ way) ** 2)) / (2 * variance or 1.0)
-        agree = chi2 <= k + 6 * np.sqrt(2 * k) + 10
-        if agree:
-            return True, []
-        return False, self._distinct([one, other])
+        return bool(chi2 <= k + 6 * np.sqrt(2 * k) + 10)
