@@ -7,11 +7,11 @@
 Each fit runs in a process of its own, started afresh, on the same rows: arrays in memory for
 all packages, and for this one also a Zarr archive, read in process and by two worker processes.
 The time of a fit includes compilation, and leaves out imports, which are listed beside it, a
-garbage collection after them, loading arrays and starting workers. Memory is the resident size of the process and all its
-children, their shared pages counted once for each, sampled while the fit runs; `own peak` is
-what the system recorded for the process itself. Accuracy is the distance from the minimum,
-found by Gauss-Newton in NumPy, in standard errors. A fit that exceeds the time or the memory it
-was given, or fails, is in the table as such. NLSQ needs Python 3.12.
+garbage collection after them, loading arrays and starting workers. Memory is the resident size of
+the process and all its children, their shared pages counted once for each, sampled while the fit
+runs; `own peak` is what the system recorded for the process itself. Accuracy is the distance from
+the minimum, found by Gauss-Newton in NumPy, in standard errors. A fit that exceeds the time or the
+memory it was given, or fails, is in the table as such. NLSQ needs Python 3.12.
 
 Writes `OUT.json`, `OUT.md` and `OUT.png`.
 """

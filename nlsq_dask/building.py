@@ -45,7 +45,7 @@ def build_problem(
         model,
         space,
         # As the chunks are, and as the sample is.
-        [x_shapes, [y_shape[:1] for _ in x_shapes]],
+        list(dict.fromkeys((tuple(x_shapes), tuple(y_shape[:1] for _ in x_shapes)))),
         [np.float64] if config.precision == "float64" else [np.float64, np.float32],
     )
     is_matrix_free = space.num_free >= config.cg_param_threshold

@@ -88,6 +88,11 @@ class ProblemHome:
         """A leaf as passes take it."""
         return self.reader.fetch(index) if self.windows is None else self.windows.leaf(index)
 
+    def host_leaf(self, index: int) -> Chunk:
+        """A leaf as NumPy arrays: where they are at hand, as they lie."""
+        source = self.problem.source
+        return self.reader.fetch_host(index) if self.windows is None else source.read(index)
+
     def prepare(self, precision: Precision, chunk: Chunk | None = None) -> int:
         """Compile what the first pass computes; the bytes that XLA needs for it on one leaf.
 

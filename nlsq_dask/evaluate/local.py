@@ -123,7 +123,7 @@ class LocalEvaluator:
         with over(self._progress, "sample", num_rows, len(indices)) as on_leaf:
 
             def apply(index: int) -> _Value:
-                value = function(index, self._home.reader.fetch_host(index))
+                value = function(index, self._home.host_leaf(index))
                 on_leaf(1)
                 return value
 
