@@ -114,7 +114,8 @@ class ProblemHome:
             return compiled[shapes]
 
         needed = list(self._first_kernels(chunk, precision))
-        with self.kernels.compiling, ThreadPoolExecutor(len(needed)) as threads:
+        pool = ThreadPoolExecutor(len(needed), thread_name_prefix="nlsq-compile")
+        with self.kernels.compiling, pool as threads:
             most = max(threads.map(compile_one, needed))
         copied = self.problem.plan.leaf_bytes if num_shards > 1 else 0
         return num_shards * most + copied
@@ -188,7 +189,10 @@ class ProblemHome:
     def _evaluate(
         self, chunks: Iterator[tuple[int, Chunk]], request: Request, meter: Meter
     ) -> Iterator[tuple[int, PackedSums]]:
-        """The sums of each leaf, in order. Small leaves are waited for a group at a time."""
+        """The sums of each leaf, in order.
+
+        Small leaves are waited for a group at a time, while the next one is being computed.
+        """
         request = _on_device(request)
         started: list[tuple[int, list[_Started]]] = []
         layout: Layout | None = None

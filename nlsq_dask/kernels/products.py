@@ -31,12 +31,11 @@ from nlsq_dask.config import Precision
 __all__ = ["ProductRows", "Products", "Totals", "Way", "products_for"]
 
 Way: TypeAlias = Literal["lanes", "dot", "sweep"]
+Counts: TypeAlias = Float[Array, "counted lanes"]  # lanes: a multiple of 128
 
 _LANES = 128
 _PER_LANE = 8  # products that are added before they reach their lane
 _BLOCK = _LANES * _PER_LANE
-Counts: TypeAlias = Float[Array, "counted lanes"]  # lanes: a multiple of 128
-
 _GROUPS = 3  # of columns, multiplied with all that follow: each is compiled by itself
 
 
