@@ -14,6 +14,7 @@ import xarray as xr
 import problems
 from config_rows_warmup import GOOD, POOR, ROWS, fit, warmup_of
 from nlsq_dask import HybridStreamingConfig, Status, fit_dataset, phases
+from nlsq_dask.objective.on_sample import SampleObjective
 from nlsq_dask.results.diagnostics import runs_of
 from nlsq_dask.warmup import search
 from nlsq_dask.warmup.search import warm_up
@@ -166,11 +167,13 @@ def test_starts_that_lead_apart_stay_apart():
 def test_optima_of_halves_that_disagree_compete(drift, agree):
     """The values of one half are smaller by `drift`."""
     t, y = problems.make_decay(200_000, seed=3)
-    objective, config, tolerances = arguments_of(t, y, problems.decay, problems.P0)
-    first, second = objective.sample.halves
-    rows = objective.sample.source.leaf_shape[0]
-    values = objective.sample.source.y.values
-    values[second.start * rows :] *= 1 - drift
+    given, config, tolerances = arguments_of(t, y, problems.decay, problems.P0)
+    source, (first, second) = given.sample.source, given.sample.halves
+    values = source.y.values.copy()
+    values[second.start * source.leaf_shape[0] :] *= 1 - drift
+    column = dataclasses.replace(source.y, values=values)
+    sample = dataclasses.replace(given.sample, source=source.with_columns({"y": column}))
+    objective = SampleObjective(given.problem, sample)
     with mock.patch.object(search, "minimize", wraps=search.minimize) as solved:
         warmup = warm_up(objective, config, tolerances)
     assert warmup.halves_agree is agree
