@@ -262,6 +262,28 @@ def test_sigma_of_zero_or_less_is_counted_where_a_row_would_count():
     assert int(rows.num_invalid) == 2
 
 
+@pytest.mark.parametrize("num_rows", [130_000, 2432 * 128])
+@pytest.mark.parametrize("products", ["dot", "sweep", "lanes"])
+def test_rows_of_a_tile_as_large_as_an_accelerators_are_all_counted(products, num_rows):
+    """More of them in a lane than 16 bits hold, had all tiles as many lanes."""
+    sigma = np.full(num_rows, -1.0)
+    sigma[::3] = 1.0
+    y = np.zeros(num_rows)
+    y[1::10] = np.nan
+    where = np.ones(num_rows, bool)
+    where[:1000] = False
+    chunk = Chunk(x=(np.zeros(num_rows), np.zeros(num_rows)), y=y, sigma=sigma, where=where)
+    with jax.enable_x64(True):
+        kernels = kernels_of(MODEL, SPACE, (num_rows,), products=products)
+        handed = kernels.normal_equations(PARAMS, np.eye(3), TERMS, chunk, precision="float64")
+        normal, rows = handed.finish()
+    counts = where & np.isfinite(y)
+    assert int(normal.num_rows) == counts.sum()
+    assert int(rows.num_masked) == num_rows - counts.sum()
+    assert int(rows.num_invalid) == (where & ~np.isfinite(y)).sum()
+    assert int(rows.num_bad_sigma) == (counts & (sigma < 0)).sum()
+
+
 @pytest.mark.parametrize("loss", ["linear", "huber"])
 def test_reverse_kernels_tell_the_moments_of_the_residuals(loss):
     rng = np.random.default_rng(6)
