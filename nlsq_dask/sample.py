@@ -42,7 +42,6 @@ class Rows:
     x: tuple[Float[np.ndarray, " rows"], ...]
     y: Float[np.ndarray, " rows"]
     sigma: Float[np.ndarray, " rows"] | None
-    num_valid: int
     num_invalid: int  # wanted, but with a value that is not finite
     num_drawn: int
     smallest_sigma: float
@@ -155,7 +154,6 @@ def draw_rows(index: int, chunk: Chunk, *, fraction: float, seed: int) -> Rows:
         x=tuple(others[: len(chunk.x)]),
         y=y,
         sigma=others[-1] if sigma else None,
-        num_valid=num_valid,
         num_invalid=int(np.count_nonzero(selected)) - num_valid,
         num_drawn=num_drawn,
         smallest_sigma=float(np.min(others[-1], initial=np.inf)) if sigma else np.inf,
@@ -251,7 +249,7 @@ def _assemble(
         num_chunks_read=len(chosen),
         bytes_read=sum(rows.chunk_bytes for rows in drawn),
         num_invalid=sum(rows.num_invalid for rows in drawn),
-        valid_share=sum(rows.num_valid for rows in drawn) / sum(rows.num_drawn for rows in drawn),
+        valid_share=len(owner) / sum(rows.num_drawn for rows in drawn),
         smallest_sigma=min(rows.smallest_sigma for rows in drawn),
         marks={leaf: rows.mark for leaf, rows in zip(chosen, drawn, strict=True)},
         places=places,

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -203,20 +203,17 @@ class ProblemHome:
             if self.is_stopped.is_set():
                 raise CancelledError(f"stopped before leaf {index}")
             started.append((index, self._start(chunk, request, meter, ready)))
-            arrays = jax.tree.leaves(started[-1][1])
             if self.reader.device is not None:
-                for array in arrays:
+                for array in jax.tree.leaves(started[-1][1]):
                     array.copy_to_host_async()
             if group_size is None:
+                arrays = jax.tree.leaves(started[0][1])
                 nbytes = chunk.nbytes + sum(array.nbytes for array in arrays)
                 group_size, num_beside = _group_size(nbytes), int(nbytes <= _GROUP_BYTES)
             if len(started) == group_size + num_beside:
-                layout = layout or Layout(started[0][1][0].finish())
-                yield from _fetch(started[:group_size], layout)
+                layout = yield from _fetch(started[:group_size], layout)
                 del started[:group_size]
-        if started:
-            layout = layout or Layout(started[0][1][0].finish())
-            yield from _fetch(started, layout)
+        yield from _fetch(started, layout)
 
     def _start(
         self, chunk: Chunk, request: Request, meter: Meter, ready: set[Hashable]
@@ -341,12 +338,17 @@ def _on_device(request: Request) -> Request:
 
 
 def _fetch(
-    started: Sequence[tuple[int, list[_Started]]], layout: Layout
-) -> Iterator[tuple[int, PackedSums]]:
-    """Wait for the sums of some leaves; those of slabs are added in order."""
+    started: Sequence[tuple[int, list[_Started]]], layout: Layout | None
+) -> Generator[tuple[int, PackedSums], None, Layout | None]:
+    """Wait for the sums of some leaves; those of slabs are added in order.
+
+    The layout of the first is that of all: it is returned for those to come.
+    """
     for index, slabs in started:
-        packed = (layout.pack(slab.finish()) for slab in slabs)
-        yield index, functools.reduce(operator.add, packed)
+        finished = [slab.finish() for slab in slabs]
+        layout = layout or Layout(finished[0])
+        yield index, functools.reduce(operator.add, map(layout.pack, finished))
+    return layout
 
 
 def _abstract_slab(problem: Problem) -> Chunk:

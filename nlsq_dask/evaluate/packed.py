@@ -36,7 +36,6 @@ class Layout:
             start = filled[vector]
             slots.append(_Slot(vector, slice(start, start + size), array.shape))
             filled[vector] += size
-        self.nbytes = sum(array.nbytes for array in arrays)
         self._slots: Sequence[_Slot] = slots
         self._members = [
             [i for i, slot in enumerate(slots) if slot.vector == vector]

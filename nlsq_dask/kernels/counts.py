@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from nlsq_dask._typing import Array, Bool, Float, Int
+from nlsq_dask.kernels.products import LANES
 from nlsq_dask.kernels.tiles import Tile
 from nlsq_dask.normal_equations import RowStatistics
 from nlsq_dask.sources.base import Chunk
@@ -25,8 +26,7 @@ __all__ = [
 
 Counted: TypeAlias = Literal["rows", "bad_sigma", "wanted", "stray"]
 
-_LANES = 1024
-_MULTIPLE = 128  # that lanes come in
+_LANES = 1024  # at least; and whole lines of what products are summed in
 _BAD = 2**7  # that a row adds beside its 1, in 16 bits, where its sigma is refused
 
 
@@ -46,7 +46,7 @@ def counted_rows(chunk: Chunk, terms: RowTerms) -> tuple[Counted, ...]:
 def num_lanes(num_rows: int) -> int:
     """Lanes for a tile: so many that the rows of one add up to less than `_BAD`."""
     least = -(-num_rows // (_BAD - 1))
-    return max(_LANES, -(-least // _MULTIPLE) * _MULTIPLE)
+    return max(_LANES, -(-least // LANES) * LANES)
 
 
 def count_rows(tile: Tile) -> Float[Array, "counted lanes"]:

@@ -28,14 +28,14 @@ from jax import lax
 from nlsq_dask._typing import Array, Float, Int
 from nlsq_dask.config import Precision
 
-__all__ = ["ProductRows", "Products", "Totals", "Way", "products_for"]
+__all__ = ["LANES", "ProductRows", "Products", "Totals", "Way", "products_for"]
 
 Way: TypeAlias = Literal["lanes", "dot", "sweep"]
-Counts: TypeAlias = Float[Array, "counted lanes"]  # lanes: a multiple of 128
+Counts: TypeAlias = Float[Array, "counted lanes"]  # lanes: a multiple of `LANES`
 
-_LANES = 128
+LANES = 128
 _PER_LANE = 8  # products that are added before they reach their lane
-_BLOCK = _LANES * _PER_LANE
+_BLOCK = LANES * _PER_LANE
 _GROUPS = 3  # of columns, multiplied with all that follow: each is compiled by itself
 
 
@@ -118,7 +118,7 @@ class Dot:
 def _sum(row: Float[Array, " rows"]) -> Float[Array, ""]:
     """In lanes, as far as they go."""
     whole = len(row) - len(row) % _BLOCK
-    blocks = row[:whole].reshape(-1, _PER_LANE, _LANES)
+    blocks = row[:whole].reshape(-1, _PER_LANE, LANES)
     in_lanes = sum(blocks[:, i] for i in range(_PER_LANE))
     return jnp.sum(jnp.sum(in_lanes, axis=0)) + jnp.sum(row[whole:])
 
@@ -182,11 +182,11 @@ class Lanes:
         k, num_rows = rows.jac.shape
         padded = -(-num_rows // _BLOCK) * _BLOCK
         num_columns = k + 1 + len(rows.summed)
-        num_products = sum(map(math.prod, _group_shapes(k + 1)))
-        num_lines = num_products + num_columns - k + math.prod(counts.shape) // _LANES
+        num_counts = math.prod(counts.shape) // LANES
+        num_lines = _num_products(k + 1) + num_columns - k + num_counts
         return _Lanes(
             buffer=jnp.zeros((num_columns, padded), rows.jac.dtype),
-            sums=jnp.zeros((num_lines, _LANES)),
+            sums=jnp.zeros((num_lines, LANES)),
         )
 
     def add(self, carry: _Lanes, rows: ProductRows, counts: Counts) -> _Lanes:
@@ -194,19 +194,19 @@ class Lanes:
         buffer = lax.dynamic_update_slice(carry.buffer, rows.jac, (0, 0))
         for i, part in enumerate((rows.target, *rows.summed)):
             buffer = lax.dynamic_update_slice(buffer, part[None], (k + i, 0))
-        counted = counts.reshape(-1, _LANES)
+        counted = counts.reshape(-1, LANES)
         sums = _add_lines(carry.sums, len(carry.sums) - len(counted), counted)
 
         def add_block(number: Array, sums: Array) -> Array:
             block = lax.dynamic_slice_in_dim(buffer, number * _BLOCK, _BLOCK, axis=1)
-            part = block.reshape(len(buffer), _PER_LANE, _LANES)
+            part = block.reshape(len(buffer), _PER_LANE, LANES)
             first = 0
             for group in _groups(k + 1):
                 products = sum(
                     part[group.start : group.stop, None, i] * part[None, group.start : k + 1, i]
                     for i in range(_PER_LANE)
                 )
-                lines = jnp.asarray(products).reshape(-1, _LANES)
+                lines = jnp.asarray(products).reshape(-1, LANES)
                 sums = _add_lines(sums, first, lines)
                 first += len(lines)
             return _add_lines(sums, first, sum(part[k:, i] for i in range(_PER_LANE)))
@@ -221,7 +221,7 @@ class Lanes:
         self, sums: Float[np.ndarray, " sums"], k: int, num_summed: int
     ) -> tuple[Totals, Float[np.ndarray, " counts"]]:
         where = _where(k + 1)
-        first = int(where.max()) + 1
+        first = _num_products(k + 1)
         totals = Totals(
             gram=sums[where[:k, :k]],
             grad=sums[where[:k, k]],
@@ -257,9 +257,9 @@ def _groups(k: int) -> Sequence[range]:
     return [range(start, min(start + size, k)) for start in range(0, k, size)]
 
 
-def _group_shapes(k: int) -> Sequence[tuple[int, int]]:
-    """Columns of each group, and of those that they are multiplied with."""
-    return [(len(group), k - group.start) for group in _groups(k)]
+def _num_products(k: int) -> int:
+    """Of the columns of each group with those from its first on."""
+    return sum(len(group) * (k - group.start) for group in _groups(k))
 
 
 _PRODUCTS: Mapping[Way, Products] = {"lanes": Lanes(), "dot": Dot(), "sweep": Sweep()}

@@ -324,9 +324,9 @@ class _Search:
         state = self._solver.init(self._objective.on(blocks)(start, whitening))
         return None if state.status is Status.NOT_FINITE else state
 
-    def _solve(self, state: State, blocks: range) -> State:
+    def _solve(self, state: State, blocks: range, solver: TrustRegion | None = None) -> State:
         before = state.num_trials
-        state = minimize(self._objective.on(blocks), self._solver, state)
+        state = minimize(self._objective.on(blocks), solver or self._solver, state)
         self._num_evaluations += state.num_trials - before
         return state
 
@@ -340,15 +340,9 @@ class _Search:
 
     def _finish(self, state: State) -> State:
         """The best state, if all it lacked was iterations."""
-        solver = TrustRegion(
-            bounds=self._bounds,
-            tolerances=replace(self._tolerances, max_iterations=_MAX_BEST_ITERATIONS),
-            initial_radius=self._config.trust_region_initial,
-        )
-        before = state.num_trials
-        state = minimize(self._objective.on(self._everything), solver, solver.resume(state))
-        self._num_evaluations += state.num_trials - before
-        return state
+        longer = replace(self._tolerances, max_iterations=_MAX_BEST_ITERATIONS)
+        solver = replace(self._solver, tolerances=longer)
+        return self._solve(solver.resume(state), self._everything, solver)
 
     # -- optima
 
