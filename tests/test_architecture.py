@@ -38,7 +38,7 @@ ORDER = [
     {"sources.stores", "sources.windows"},
     {"sources.clusters"},
     {"sources.arrays", "sources.xarray", "sample"},
-    {"sources.batches", "sources.origin"},
+    {"sources.batches", "sources.origin", "sources.originals"},
     {"kernels.tiles", "kernels.products"},
     {"kernels.rows", "kernels.counts"},
     {"kernels.handed"},

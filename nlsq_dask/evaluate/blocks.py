@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,26 @@ from nlsq_dask.evaluate.tree import bin_level
 from nlsq_dask.evaluate.waiting import wait_for_all
 from nlsq_dask.evaluate.worker import BlockTask, HomeSpec, merge_reports
 from nlsq_dask.problem import Problem
-from nlsq_dask.sources.columns import TimeColumn
+from nlsq_dask.sources.base import Column, Source
+from nlsq_dask.sources.columns import TimeColumn, stored_among
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.grid import GridSource, RemoteColumn
 
-__all__ = ["DaskBlocks"]
+__all__ = ["DaskBlocks", "least_sent"]
 
 _MAX_SHIPPED_BYTES = 2**16  # larger arrays travel as blocks, not inside each task
+
+
+def least_sent(source: Source) -> Source:
+    """The same rows; of those that would be sent from here, the stored ones are read there."""
+    if not isinstance(source, GridSource):
+        return source
+    sent = [role for role, column in source.columns.items() if _is_large(column)]
+    if not sent or not any(stored_among(source.columns.values())):
+        return source
+    from nlsq_dask.sources.originals import with_originals  # loads Zarr
+
+    return with_originals(source, sent)
 
 
 class DaskBlocks:
@@ -148,7 +162,7 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
             array = column.array
         elif isinstance(column, TimeColumn) and isinstance(column.column, DaskColumn):
             array = column.column.array.map_blocks(column.axis.to_numbers, dtype=column.dtype)
-        elif column.is_in_memory and _nbytes(column) > _MAX_SHIPPED_BYTES:
+        elif _is_large(column):
             import dask.array as da
 
             values = column.read((slice(None),) * len(column.shape))
@@ -159,5 +173,7 @@ def _remote_arrays(source: Any) -> dict[str, Any]:
     return remote
 
 
-def _nbytes(column: Any) -> int:
-    return int(np.prod(column.shape)) * int(column.dtype.itemsize)
+def _is_large(column: Column) -> bool:
+    """Whether it is an array of this process too large to travel inside each task."""
+    nbytes = math.prod(column.shape) * column.dtype.itemsize
+    return column.is_in_memory and nbytes > _MAX_SHIPPED_BYTES

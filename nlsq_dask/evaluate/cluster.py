@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -25,7 +26,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.errors import StoreDamagedError, StoreLockedError, WorkerError
 from nlsq_dask.evaluate.autopsy import find_deadly, spans_of
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
-from nlsq_dask.evaluate.blocks import DaskBlocks
+from nlsq_dask.evaluate.blocks import DaskBlocks, least_sent
 from nlsq_dask.evaluate.departure import end_with_client
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
@@ -73,7 +74,7 @@ class ClusterEvaluator:
     ) -> None:
         self._client = client
         self._config = config
-        self._problem = problem
+        self._problem = problem = replace(problem, source=least_sent(problem.source))
         self._progress = LogProgress() if progress is None else progress
         self._token = uuid.uuid4().hex[:12]
         self._num_passes = 0

@@ -17,7 +17,13 @@ from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.rereading import read_in_pieces
 from nlsq_dask.sources.retrying import UNDECODABLE
-from nlsq_dask.sources.transport import comes_late, place_of, reported_reading, transport_of
+from nlsq_dask.sources.transport import (
+    comes_late,
+    place_of,
+    reported_reading,
+    transport_of,
+    zarr_array_of,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,6 +35,7 @@ __all__ = [
     "TimeColumn",
     "build_time_column",
     "places_of",
+    "stored_among",
     "transports_of",
 ]
 
@@ -100,6 +107,11 @@ class LazyColumn:
     def place(self) -> str:
         """The name of the array and its store, without secrets."""
         return place_of(self._backend)
+
+    @property
+    def zarr_array(self) -> Any:
+        """The array that Zarr reads; None of other libraries."""
+        return zarr_array_of(self._backend)
 
     @property
     def _backend(self) -> Any:
@@ -244,15 +256,16 @@ class TimeColumn:
 
 def transports_of(columns: Iterable[Column]) -> list[str]:
     """What carries the bytes of those columns that are stored."""
-    return sorted({column.transport for column in _stored(columns)})
+    return sorted({column.transport for column in stored_among(columns)})
 
 
 def places_of(columns: Iterable[Column]) -> list[str]:
     """The stored arrays among columns, by name and store."""
-    return sorted({column.place for column in _stored(columns)})
+    return sorted({column.place for column in stored_among(columns)})
 
 
-def _stored(columns: Iterable[Column]) -> Iterator[LazyColumn]:
+def stored_among(columns: Iterable[Column]) -> Iterator[LazyColumn]:
+    """The stored arrays themselves, those of times too."""
     innermost = (column.column if isinstance(column, TimeColumn) else column for column in columns)
     return (column for column in innermost if isinstance(column, LazyColumn))
 

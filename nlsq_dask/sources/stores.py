@@ -37,9 +37,10 @@ from nlsq_dask.sources.transport import (
     reported_file,
     transport_errors,
     transport_of_store,
+    unwatched,
 )
 
-__all__ = ["open_store"]
+__all__ = ["open_group_of", "open_store"]
 
 _ANSWER_SECONDS = 30
 _HDF5_SUFFIXES = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".he5")
@@ -83,6 +84,20 @@ def open_store(
     if Path(path).is_file() and not path.endswith(".zip"):
         return _open_hdf5(path, asked)
     return _open_zarr(path, None, asked)
+
+
+def open_group_of(array: Any) -> xr.Dataset:
+    """The Zarr group that a `zarr.Array` is in, opened as by `open_store`.
+
+    Raises
+    ------
+    StoreNotFoundError, StoreDeniedError, StoreUnreachableError, ValueError
+        As `open_store`.
+    """
+    store = unwatched(array.store)
+    group = array.path.rpartition("/")[0]
+    asked = _Asked("ds", redacted(repr(store)))
+    return _open_group(store, None, asked, array.metadata.zarr_format, group)
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,11 @@ def _open_zarr(store: Any, options: Mapping[str, Any] | None, asked: _Asked) -> 
 
 
 def _open_group(
-    store: Any, options: Mapping[str, Any] | None, asked: _Asked, zarr_format: int | None
+    store: Any,
+    options: Mapping[str, Any] | None,
+    asked: _Asked,
+    zarr_format: int | None,
+    group: str | None = None,
 ) -> xr.Dataset:
     with warnings.catch_warnings(), _refused(asked):
         # Format 3 does not have consolidated metadata; not finding it is no news.
@@ -163,6 +182,7 @@ def _open_group(
                 xr.open_dataset,
                 store,
                 engine="zarr",
+                group=group,
                 chunks=None,
                 cache=False,
                 storage_options=dict(options) if options else None,

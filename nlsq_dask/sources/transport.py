@@ -37,6 +37,8 @@ __all__ = [
     "transport_errors",
     "transport_of",
     "transport_of_store",
+    "unwatched",
+    "zarr_array_of",
 ]
 
 _FROM_AFAR = {"obstore", "fsspec", "IcechunkStore"}
@@ -79,21 +81,21 @@ def redacted(text: object) -> str:
 
 def transport_of(backend: Any) -> str:
     """Which library reads what xarray's backend hands out: of Zarr, by the class of the store."""
-    module = _module_of(backend)
-    return transport_of_store(backend.get_array().store) if module == "zarr" else module
+    array = zarr_array_of(backend)
+    return _module_of(backend) if array is None else transport_of_store(array.store)
 
 
 def transport_of_store(store: Any) -> str:
     """Which library reads a store of Zarr's."""
-    name = type(_unwatched(store)).__name__
+    name = type(unwatched(store)).__name__
     return {"ObjectStore": "obstore", "FsspecStore": "fsspec"}.get(name, name)
 
 
 def place_of(backend: Any) -> str:
     """A stored array in words that hold no secrets: its name, and its store."""
-    if _module_of(backend) == "zarr":
-        array = backend.get_array()
-        store = _unwatched(array.store)
+    array = zarr_array_of(backend)
+    if array is not None:
+        store = unwatched(array.store)
         if type(store).__name__ == "ObjectStore":
             store = store.store
         return f"{array.path!r} of {redacted(store)}"
@@ -109,7 +111,12 @@ def _module_of(backend: Any) -> str:
     return type(backend).__module__.rpartition(".")[2].rstrip("_")
 
 
-def _unwatched(store: Any) -> Any:
+def zarr_array_of(backend: Any) -> Any:
+    """The array that xarray's backend hands out; None where another library than Zarr reads it."""
+    return backend.get_array() if _module_of(backend) == "zarr" else None
+
+
+def unwatched(store: Any) -> Any:
     """The store that another is wrapped around while it is read."""
     return store._store if type(store).__name__ == "WatchedStore" else store
 

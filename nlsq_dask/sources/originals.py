@@ -1,0 +1,111 @@
+"""Loaded coordinates, and the stored arrays that they were loaded from.
+
+xarray loads a coordinate that indexes a dimension as it opens a store (`xr.open_zarr`). Workers
+that read the other columns from that store can read the coordinate there too, as they do of a
+store given by path: that takes less time than to send it to them. Whether it is the same is told
+by comparing all values; names, and where a dataset says that it came from, prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+
+from nlsq_dask._typing import Index
+from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.columns import LazyColumn, TimeColumn, stored_among
+from nlsq_dask.sources.grid import GridSource
+from nlsq_dask.sources.retrying import UNDECODABLE
+from nlsq_dask.sources.stores import open_group_of
+from nlsq_dask.sources.transport import transport_errors
+from nlsq_dask.sources.xarray import column_of
+
+__all__ = ["with_originals"]
+
+_COMPARED_BYTES = 2**22  # at once, in whole chunks of the store
+_NUM_THREADS = 2
+
+
+def with_originals(source: GridSource, roles: Collection[str]) -> GridSource:
+    """The same rows, with loaded variables read from the Zarr group of the other columns.
+
+    Parameters
+    ----------
+    source : GridSource
+    roles : collection of str
+        Of the columns that would be sent. Of these, variables are looked for, by their names.
+
+    Returns
+    -------
+    GridSource
+        With a `LazyColumn` for each variable that the group has with the same dimensions, dtype
+        and bits, in chunks no longer than a leaf: of longer ones, each leaf would decode all.
+    """
+    arrays = [column.zarr_array for column in stored_among(source.columns.values())]
+    names = {f"x{i}": name for i, name in enumerate(source.variables) if f"x{i}" in roles}
+    stored: dict[str, Column] = {}
+    for array in [array for array in arrays if array is not None][:1]:
+        try:
+            group = open_group_of(array)
+            stored = {
+                role: _as_stored(source, source.columns[role], group[name].variable)
+                for role, name in names.items()
+                if name in group.variables
+            }
+        except _unreadable():
+            pass  # whoever reads the other columns will tell, if it concerns these
+    return source.with_columns(stored)
+
+
+def _as_stored(source: GridSource, loaded: Column, variable: xr.Variable) -> Column:
+    """`variable` as a column, where it is what was loaded; else what was loaded."""
+    if isinstance(loaded, TimeColumn):
+        return replace(loaded, column=_as_stored(source, loaded.column, variable))
+    stored = column_of("x", variable)
+    is_same = (
+        isinstance(stored, LazyColumn)
+        and (stored.dims, stored.shape, stored.dtype) == (loaded.dims, loaded.shape, loaded.dtype)
+        and stored.dtype.kind in "biufmM"
+        and _suits(source, stored)
+        and _have_same_bits(stored, loaded)
+    )
+    return stored if is_same else loaded
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    return (*transport_errors(), *UNDECODABLE)
+
+
+def _suits(source: GridSource, column: LazyColumn) -> bool:
+    """Whether a leaf has not many times its own rows to decode."""
+    leaf = dict(zip(source.dims, source.leaf_shape, strict=True))
+    if column.chunks is None:
+        return False
+    pairs = zip(column.dims, column.chunks, strict=True)
+    return all(chunk <= leaf[dim] for dim, chunk in pairs)
+
+
+def _have_same_bits(stored: LazyColumn, loaded: Column) -> bool:
+    def is_same(index: Index) -> bool:
+        ours, theirs = (
+            np.ascontiguousarray(column.read(index)).reshape(-1).view(np.uint8)
+            for column in (loaded, stored)
+        )
+        return np.array_equal(ours, theirs)
+
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="nlsq-compare") as threads:
+        return all(threads.map(is_same, _pieces(stored)))
+
+
+def _pieces(column: LazyColumn) -> Iterator[Index]:
+    """Along the first axis, a number of whole chunks each."""
+    assert column.chunks is not None
+    chunk, length = column.chunks[0], column.shape[0]
+    row_bytes = column.dtype.itemsize * int(np.prod(column.shape[1:]))
+    step = chunk * max(1, _COMPARED_BYTES // (chunk * row_bytes))
+    for start in range(0, length, step):
+        yield (slice(start, min(start + step, length)), *map(slice, column.shape[1:]))
