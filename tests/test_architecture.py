@@ -24,7 +24,7 @@ ORDER = [
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
     {"parameters.labels"},
     {"parameters.space", "warmup.normalization", "model"},
-    {"sources.buffers", "sources.staying"},
+    {"sources.buffers", "sources.staying", "sources.straight"},
     {"sources.retrying"},
     {"parameters.given", "sources.base", "sources.transport"},
     {
@@ -47,7 +47,7 @@ ORDER = [
     {"problem"},
     {"criterion"},
     {"evaluate.tree", "evaluate.clients", "evaluate.heap", "evaluate.touch", "evaluate.departure"},
-    {"progress", "evaluate.ownership", "evaluate.marks"},
+    {"progress", "evaluate.ahead", "evaluate.ownership", "evaluate.marks"},
     {"evaluate.base"},
     {"evaluate.shards", "evaluate.packed", "evaluate.reading"},
     {"evaluate.leaves"},

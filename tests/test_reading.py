@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import problems
 from nlsq_dask import Chunk, HybridStreamingConfig, fit_dataset
-from nlsq_dask.evaluate import heap, leaves, reading
+from nlsq_dask.evaluate import ahead, heap, leaves
 from nlsq_dask.evaluate.base import Request, fold_reports
 from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.evaluate.packed import Layout
@@ -237,8 +237,8 @@ def test_a_leaf_of_a_zarr_store_is_decoded_where_jax_takes_it(tmp_path, monkeypa
 
 @pytest.fixture
 def one_reading_thread(monkeypatch):
-    """However long the computing waits: two threads read in no order."""
-    monkeypatch.setattr(reading, "_MUCH_WAITING", 2.0)  # of the time
+    """However slow it is: two threads read in no order."""
+    monkeypatch.setattr(ahead, "_SLOW_READING", np.inf)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -121,6 +121,52 @@ def test_an_interrupt_goes_through():
     assert not staying._IDLE
 
 
+def test_a_coroutine_that_waits_for_nothing_needs_no_turn_of_a_loop(monkeypatch):
+    async def decoded() -> int:
+        return await asyncio.to_thread(int, "7") + len(await asyncio.to_thread(str, 35))
+
+    def no_turn(self) -> None:
+        raise AssertionError("a turn of the loop")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staying._StayingLoop, "_run_once", no_turn)
+        assert run_here(decoded()) == 9
+    assert can_stay()
+
+
+def test_what_a_coroutine_waits_for_may_come_or_fail_at_any_time():
+    async def waiting() -> list[object]:
+        loop, met = asyncio.get_running_loop(), []
+        for number in range(3):
+            future = loop.create_future()
+            loop.call_soon(future.set_result, number)
+            met.append(await future)
+            future = loop.create_future()
+            loop.call_soon(future.set_exception, OSError(number))
+            try:
+                await future
+            except OSError as error:
+                met.append(str(error))
+        met.append(await asyncio.gather(asyncio.sleep(0, "a"), asyncio.to_thread(str, "b")))
+        return met
+
+    assert run_here(waiting()) == [0, "0", 1, "1", 2, "2", ["a", "b"]]
+    assert can_stay()
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_after_an_error_no_loop_is_left_running(turns):
+    async def failing() -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        run_here(failing())
+    assert can_stay()
+    assert run_here(here()) == threading.current_thread().name
+
+
 def test_there_is_no_staying_in_a_running_loop():
     async def asked() -> bool:
         return can_stay()

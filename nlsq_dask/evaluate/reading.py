@@ -6,12 +6,9 @@ A chunk that is read again has to be what it was: see ``sources/marks.py``.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -19,6 +16,7 @@ import jax
 import numpy as np
 
 from nlsq_dask.errors import DataChangedError
+from nlsq_dask.evaluate.ahead import read_ahead
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import places_of, transports_of
@@ -40,10 +38,8 @@ __all__ = [
 
 Blocks = Mapping[int, Mapping[str, np.ndarray]]  # by leaf, by role of the column
 
-# Leaves that are being read or ready before they are needed, each by a thread of its own: one,
-# where computing takes longer; more would only take the processor from it.
+# Leaves that are being read or ready before they are needed.
 _NUM_AHEAD = 2
-_MUCH_WAITING = 1 / 3  # of the time, for chunks
 # Of a store that answers late, as many are asked for at once as come to this.
 _AHEAD_BYTES = 2**26
 _MOST_AHEAD = 16
@@ -68,30 +64,6 @@ class Meter:
     def some_missing(self) -> frozenset[str]:
         """Keys of chunks that the store does not have, so many at most as are sent."""
         return frozenset(sorted(self.missing)[:_MOST_MISSING])
-
-
-class _Pace:
-    """How much of the time, since the first chunk was there, went by waiting for the next."""
-
-    def __init__(self) -> None:
-        self._begun: float | None = None
-        self._waited = 0.0
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether reading takes so much longer than computing that two threads should read."""
-        if self._begun is None:
-            return False
-        return self._waited > _MUCH_WAITING * (time.perf_counter() - self._begun)
-
-    def wait_for(self, chunk: Future[Chunk]) -> Chunk:
-        asked = time.perf_counter()
-        arrived = chunk.result()
-        if self._begun is None:
-            self._begun = time.perf_counter()
-        else:
-            self._waited += time.perf_counter() - asked
-        return arrived
 
 
 def count_ahead(source: Source, leaf_bytes: int) -> int:
@@ -184,35 +156,16 @@ class ChunkReader:
             kept = {i: self._cache[i] for i in leaves if self._is_in_place(i)}
         missing = [i for i in leaves if i not in kept]
         read = functools.partial(self._chunk, meter=meter, may_cache=may_cache, blocks=blocks)
-        with closing(self._read_ahead(missing, read)) as arriving:
+        with closing(self._arriving(missing, read)) as arriving:
             for index in leaves:
                 if index in kept:
                     self._note(index, meter)
                 yield index, kept[index] if index in kept else next(arriving)
 
-    def _read_ahead(self, missing: Sequence[int], read: Callable[[int], Chunk]) -> Generator[Chunk]:
-        if not self._prefetch or len(missing) < 2:
-            yield from map(read, missing)
-            return
-        ahead = iter(missing)
-        pending: deque[Future[Chunk]] = deque()
-        pace = _Pace()
-        with ThreadPoolExecutor(self.num_ahead, thread_name_prefix="nlsq-read") as reader:
-
-            def read_more() -> None:
-                most = self.num_ahead if self._is_far or pace.is_waiting else 1
-                more = itertools.islice(ahead, max(most - len(pending), 0))
-                pending.extend(reader.submit(read, i) for i in more)
-
-            try:
-                read_more()
-                while pending:
-                    chunk = pace.wait_for(pending.popleft())
-                    read_more()
-                    yield chunk
-            finally:  # after an error, nothing more is read
-                for future in pending:
-                    future.cancel()
+    def _arriving(self, missing: Sequence[int], read: Callable[[int], Chunk]) -> Generator[Chunk]:
+        if self._prefetch and len(missing) > 1:
+            return read_ahead(read, missing, num_ahead=self.num_ahead, is_far=self._is_far)
+        return (read(index) for index in missing)
 
     def _is_in_place(self, index: int) -> bool:
         """Whether a chunk is kept where it is computed on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -98,12 +99,12 @@ class LazyColumn:
             return tuple(int(length) for length in grid)
         return None
 
-    @property
+    @functools.cached_property
     def transport(self) -> str:
         """What carries its bytes."""
         return transport_of(self._backend)
 
-    @property
+    @functools.cached_property
     def place(self) -> str:
         """The name of the array and its store, without secrets."""
         return place_of(self._backend)

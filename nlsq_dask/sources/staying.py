@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
-from collections.abc import Callable, Coroutine
+import types
+from asyncio import events
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import ExitStack
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
@@ -34,30 +36,65 @@ def can_stay() -> bool:
 
 
 def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result; what it hands to other threads is done by this one too."""
+    """The coroutine's result; what it hands to other threads is done by this one too.
+
+    As long as it waits for nothing, no loop has to turn.
+    """
     try:  # another thread may be faster
         runner = _IDLE.pop()
     except IndexError:
         runner = asyncio.Runner(loop_factory=_StayingLoop)
+    context = contextvars.copy_context()
     with ExitStack() as unless_used_again:
         unless_used_again.callback(runner.close)  # with what a failed coroutine left undone
-        result = runner.run(coroutine, context=contextvars.copy_context())
+        events._set_running_loop(runner.get_loop())
+        try:
+            awaited = context.run(coroutine.send, None)
+        except StopIteration as done:
+            result: T = done.value
+        else:  # it does wait
+            events._set_running_loop(None)
+            result = runner.run(_go_on(coroutine, awaited), context=context)
+        finally:
+            events._set_running_loop(None)
         if len(_IDLE) < _MOST_IDLE:
             unless_used_again.pop_all()
             _IDLE.append(runner)
     return result
 
 
+async def _go_on(coroutine: Coroutine[Any, Any, T], awaited: Any) -> T:
+    @types.coroutine
+    def rest() -> Generator[Any, Any, T]:
+        result: T = yield from _Steps(coroutine, awaited)
+        return result
+
+    return await rest()
+
+
+class _Steps(Generator[Any, Any, Any]):
+    """Those of a coroutine that has begun, from where it waits for `awaited`."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._first = [awaited]
+
+    def send(self, value: Any) -> Any:
+        return self._first.pop() if self._first else self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)
+
+
 class _StayingLoop(asyncio.SelectorEventLoop):
-    """Calls what is meant for another thread in its own, in turn."""
+    """Calls what is meant for another thread in its own, and at once."""
 
     def run_in_executor(
         self, executor: Any, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        async def call() -> T:
-            return func(*args)
-
-        return self.create_task(call())
+        called: asyncio.Future[T] = self.create_future()
+        called.set_result(func(*args))
+        return called
 
 
 @atexit.register

@@ -22,6 +22,7 @@ from zarr.storage import StorePath, WrapperStore
 from nlsq_dask.sources.buffers import lender
 from nlsq_dask.sources.retrying import current_log, pauses
 from nlsq_dask.sources.staying import can_stay, run_here
+from nlsq_dask.sources.straight import straight
 from nlsq_dask.sources.transport import (
     comes_at_once,
     is_transient,
@@ -66,19 +67,21 @@ class LentArray(zarr.Array[Any]):
     def __getitem__(self, selection: Any) -> Any:
         if not _is_rectangle(selection, self.ndim):
             return super().__getitem__(selection)
-        buffer = self._lent(selection)
+        prototype = default_buffer_prototype()
+        buffer = self._lent(selection, prototype)
         if comes_at_once(transport_of_store(self.store)) and can_stay():
             # Of slices an orthogonal selection is the basic one, which has no `out` in coroutines.
-            return run_here(self.async_array.get_orthogonal_selection(selection, out=buffer))
-        return self.get_basic_selection(selection, out=buffer)
+            read = straight(self.async_array).get_orthogonal_selection
+            return run_here(read(selection, out=buffer, prototype=prototype))
+        return self.get_basic_selection(selection, out=buffer, prototype=prototype)
 
-    def _lent(self, selection: tuple[slice, ...]) -> NDBuffer | None:
+    def _lent(self, selection: tuple[slice, ...], prototype: BufferPrototype) -> NDBuffer | None:
         empty = lender()
         if empty is None or self.dtype.kind not in "iuf":
             return None
         parts = zip(selection, self.shape, strict=True)
         shape = tuple(len(range(*part.indices(length))) for part, length in parts)
-        return default_buffer_prototype().nd_buffer.from_numpy_array(empty(shape, self.dtype))
+        return prototype.nd_buffer.from_numpy_array(empty(shape, self.dtype))
 
 
 def _is_rectangle(selection: Any, ndim: int) -> bool:
