@@ -44,7 +44,8 @@ nb_merge_streams = True
 nb_render_markdown_format = "myst"  # tables that cells make
 # Each page is a process of its own, and they fit the same few models: what one has compiled,
 # the next reads back.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="nlsq-dask-docs-"))
+scratch = tempfile.TemporaryDirectory(prefix="nlsq-dask-docs-")  # gone when the build ends
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(scratch.name, "compiled")))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # The notebooks of the examples are pages too. Tests run them; here that would be a second time.
 HERE = Path(__file__).parent
@@ -52,7 +53,7 @@ shutil.rmtree(HERE / "examples", ignore_errors=True)
 shutil.copytree(HERE.parent / "examples", HERE / "examples")
 nb_execution_excludepatterns = [] if is_published else ["examples/*"]
 # Bars appear by themselves after two seconds, so by how busy this machine is: only where asked for.
-os.environ["IPYTHONDIR"] = tempfile.mkdtemp(prefix="nlsq-dask-docs-")
+os.environ["IPYTHONDIR"] = str(Path(scratch.name, "ipython"))
 startup = Path(os.environ["IPYTHONDIR"], "profile_default", "startup")
 startup.mkdir(parents=True)
 (startup / "bars.py").write_text("from nlsq_dask import progress; progress._SILENT_SECONDS = 1e9")

@@ -3,7 +3,7 @@
 Zarr runs all coroutines of a process on one thread, hands what blocks (files, codecs) to others,
 and copies each decoded chunk on the first: with chunks of 4 MB that takes as long as LZ4 does,
 and a second reader gains little. A store on a disk waits for nobody, so it can be read where
-the rows are wanted.
+the rows are wanted, and mostly without a turn of a loop.
 """
 
 from __future__ import annotations
