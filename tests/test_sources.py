@@ -19,6 +19,7 @@ from nlsq_dask import Chunk, HybridStreamingConfig, curve_fit, fit_dataset
 from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.plan import choose_leaf_shape, choose_strategy, plan_leaves
 from nlsq_dask.sources.buffers import aligned_empty
+from nlsq_dask.sources.columns import LazyColumn
 from nlsq_dask.sources.dask import DaskColumn
 from nlsq_dask.sources.stores import open_store
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
@@ -97,6 +98,24 @@ def test_stores_keep_to_the_contract(store, tmp_path):
 )
 def test_leaves_are_multiples_of_chunks_or_their_divisors(shape, unit, chunk_size, leaf):
     assert choose_leaf_shape(shape, unit, chunk_size) == leaf
+
+
+@pytest.mark.parametrize(
+    ("encoding", "chunks"),
+    [
+        ({}, None),
+        ({"chunks": (3, 4)}, (3, 4)),
+        ({"chunks": ((1, 3, 2), 4)}, (3, 4)),  # as Zarr's rectilinear grids come
+        ({"shards": (6, 4), "chunks": (3, 2)}, (6, 4)),
+        ({"shards": ((4, 2), 2**21), "chunks": ((4, 2), 2)}, (4, 2)),  # too large to be read whole
+        ({"chunksizes": (2, 2)}, (2, 2)),
+        ({"chunks": (3,)}, None),  # of another array, from before it was selected from
+    ],
+    ids=str,
+)
+def test_a_stored_array_is_best_read_in_its_longest_chunks(encoding, chunks):
+    variable = xr.Variable(("t", "s"), np.zeros((6, 4)), encoding=encoding)
+    assert LazyColumn(variable=variable).chunks == chunks
 
 
 def test_blocks_that_a_cluster_keeps_can_be_read_here(client):

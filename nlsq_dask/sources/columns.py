@@ -88,15 +88,19 @@ class LazyColumn:
 
     @property
     def chunks(self) -> Shape | None:
-        """The store's shards where they are of a readable size, else its chunks."""
+        """The store's shards where they are of a readable size, else its chunks.
+
+        Along an axis whose chunks differ in length, the longest of them.
+        """
         encoding = self.variable.encoding
         for name in ("shards", "chunks", "chunksizes"):
             grid = encoding.get(name)
             if grid is None or len(grid) != len(self.shape):
                 continue
-            if name == "shards" and np.prod(grid) > _MAX_SHARD_ROWS:
+            lengths = tuple(int(np.max(along)) for along in grid)
+            if name == "shards" and np.prod(lengths) > _MAX_SHARD_ROWS:
                 continue
-            return tuple(int(length) for length in grid)
+            return lengths
         return None
 
     @functools.cached_property

@@ -46,18 +46,19 @@ def with_originals(source: GridSource, roles: Collection[str]) -> GridSource:
         and bits, in chunks no longer than a leaf: of longer ones, each leaf would decode all.
     """
     arrays = [column.zarr_array for column in stored_among(source.columns.values())]
+    array = next((array for array in arrays if array is not None), None)
     names = {f"x{i}": name for i, name in enumerate(source.variables) if f"x{i}" in roles}
-    stored: dict[str, Column] = {}
-    for array in [array for array in arrays if array is not None][:1]:
-        try:
-            group = open_group_of(array)
-            stored = {
-                role: _as_stored(source, source.columns[role], group[name].variable)
-                for role, name in names.items()
-                if name in group.variables
-            }
-        except _unreadable():
-            pass  # whoever reads the other columns will tell, if it concerns these
+    if array is None or not names:
+        return source
+    try:
+        group = open_group_of(array)
+        stored = {
+            role: _as_stored(source, source.columns[role], group[name].variable)
+            for role, name in names.items()
+            if name in group.variables
+        }
+    except _unreadable():
+        return source  # whoever reads the other columns will tell, if it concerns these
     return source.with_columns(stored)
 
 
