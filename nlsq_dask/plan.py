@@ -121,7 +121,7 @@ def choose_leaf_shape(shape: Shape, unit: Shape | None, chunk_size: int | None) 
     """A multiple of the store's own blocks, of about a million rows, or of `chunk_size` at most.
 
     Trailing dimensions are filled first, so that a leaf is read in long runs. A block larger
-    than `chunk_size` is divided, and then decoded once for each part.
+    than `chunk_size` is divided, and its parts are read one after the other.
     """
     rows = math.prod(shape)
     limit = min(max(rows // 64, _MIN_LEAF_ROWS), _MAX_LEAF_ROWS)

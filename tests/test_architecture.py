@@ -30,6 +30,7 @@ ORDER = [
     {
         "parameters.penalties",
         "fingerprint",
+        "sources.held",
         "sources.rereading",
         "sources.marks",
         "sources.watched",

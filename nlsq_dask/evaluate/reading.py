@@ -214,6 +214,7 @@ class ChunkReader:
                         "its codecs (crc32c) would tell at once"
                     )
                 time.sleep(wait)
+                log.is_again = True
         with self._lock:
             meter.num_retries += log.num_retries
         if log.missing:

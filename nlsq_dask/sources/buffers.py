@@ -45,7 +45,7 @@ _LENDER: ContextVar[Empty | None] = ContextVar("nlsq_dask_lender", default=None)
 
 
 @contextmanager
-def lending(empty: Empty) -> Iterator[None]:
+def lending(empty: Empty | None) -> Iterator[None]:
     """Let columns that are read by the code within write into memory of `empty`."""
     token = _LENDER.set(empty)
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import functools
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,8 @@ from nlsq_dask._typing import Index, Shape
 from nlsq_dask.errors import DataError
 from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
+from nlsq_dask.sources.buffers import lender
+from nlsq_dask.sources.held import HeldBlocks
 from nlsq_dask.sources.rereading import read_in_pieces
 from nlsq_dask.sources.retrying import UNDECODABLE
 from nlsq_dask.sources.transport import (
@@ -72,6 +75,7 @@ class LazyColumn:
 
     variable: xr.Variable
     is_in_memory: bool = False
+    _held: HeldBlocks = field(default_factory=HeldBlocks, repr=False)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -86,7 +90,7 @@ class LazyColumn:
         dtype: np.dtype = self.variable.dtype
         return dtype
 
-    @property
+    @functools.cached_property
     def chunks(self) -> Shape | None:
         """The store's shards where they are of a readable size, else its chunks.
 
@@ -128,6 +132,8 @@ class LazyColumn:
     def read(self, index: Index) -> np.ndarray:
         """A rectangle; what cannot be decoded is read again, chunk by chunk.
 
+        Where it is a small part of its chunks, these are kept for the next.
+
         Raises
         ------
         StoreDamagedError
@@ -135,6 +141,37 @@ class LazyColumn:
         StoreDeniedError, StoreLockedError, StoreNotFoundError, StoreUnreachableError
             If the store cannot be read.
         """
+        ends = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
+        around = self._chunks_around(ends)
+        if not around:
+            return self._decoded(index)
+        whole = tuple(slice(first, last) for first, last in around)
+        part = self._held.get(around, lambda: self._decoded(whole))[
+            tuple(
+                slice(start - first, stop - first)
+                for (start, stop, _), (first, _) in zip(ends, around, strict=True)
+            )
+        ]
+        empty = lender()
+        if empty is None or part.dtype.kind not in "iuf":
+            return part.copy()
+        lent = empty(part.shape, part.dtype)
+        lent[...] = part
+        return lent
+
+    def _chunks_around(self, ends: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
+        """Ends of the whole chunks that a rectangle lies in; none if they are not much larger."""
+        if self.chunks is None or any(step != 1 for *_, step in ends):
+            return ()
+        around = tuple(
+            (start // chunk * chunk, min(-(-stop // chunk) * chunk, length))
+            for (start, stop, _), chunk, length in zip(ends, self.chunks, self.shape, strict=True)
+        )
+        wanted = math.prod(max(stop - start, 0) for start, stop, _ in ends)
+        decoded = math.prod(last - first for first, last in around)
+        return around if 0 < _MUCH_MORE * wanted < decoded else ()
+
+    def _decoded(self, index: Index) -> np.ndarray:
         try:
             return self._values(index)
         except UNDECODABLE as error:
@@ -152,6 +189,7 @@ class LazyColumn:
             return np.asarray(self.variable[index].values)
 
 
+_MUCH_MORE = 2  # times the rows that are wanted, in the chunks that they lie in
 _MAX_SHARD_ROWS = 2**21
 
 

@@ -43,7 +43,7 @@ def with_originals(source: GridSource, roles: Collection[str]) -> GridSource:
     -------
     GridSource
         With a `LazyColumn` for each variable that the group has with the same dimensions, dtype
-        and bits, in chunks no longer than a leaf: of longer ones, each leaf would decode all.
+        and bits.
     """
     arrays = [column.zarr_array for column in stored_among(source.columns.values())]
     array = next((array for array in arrays if array is not None), None)
@@ -53,7 +53,7 @@ def with_originals(source: GridSource, roles: Collection[str]) -> GridSource:
     try:
         group = open_group_of(array)
         stored = {
-            role: _as_stored(source, source.columns[role], group[name].variable)
+            role: _as_stored(source.columns[role], group[name].variable)
             for role, name in names.items()
             if name in group.variables
         }
@@ -62,16 +62,16 @@ def with_originals(source: GridSource, roles: Collection[str]) -> GridSource:
     return source.with_columns(stored)
 
 
-def _as_stored(source: GridSource, loaded: Column, variable: xr.Variable) -> Column:
+def _as_stored(loaded: Column, variable: xr.Variable) -> Column:
     """`variable` as a column, where it is what was loaded; else what was loaded."""
     if isinstance(loaded, TimeColumn):
-        return replace(loaded, column=_as_stored(source, loaded.column, variable))
+        return replace(loaded, column=_as_stored(loaded.column, variable))
     stored = column_of("x", variable)
     is_same = (
         isinstance(stored, LazyColumn)
         and (stored.dims, stored.shape, stored.dtype) == (loaded.dims, loaded.shape, loaded.dtype)
         and stored.dtype.kind in "biufmM"
-        and _suits(source, stored)
+        and stored.chunks is not None
         and _have_same_bits(stored, loaded)
     )
     return stored if is_same else loaded
@@ -79,15 +79,6 @@ def _as_stored(source: GridSource, loaded: Column, variable: xr.Variable) -> Col
 
 def _unreadable() -> tuple[type[Exception], ...]:
     return (*transport_errors(), *UNDECODABLE)
-
-
-def _suits(source: GridSource, column: LazyColumn) -> bool:
-    """Whether a leaf has not many times its own rows to decode."""
-    leaf = dict(zip(source.dims, source.leaf_shape, strict=True))
-    if column.chunks is None:
-        return False
-    pairs = zip(column.dims, column.chunks, strict=True)
-    return all(chunk <= leaf[dim] for dim, chunk in pairs)
 
 
 def _have_same_bits(stored: LazyColumn, loaded: Column) -> bool:

@@ -39,6 +39,7 @@ class ReadingLog:
     """What was met while something was read, in whatever thread, and whether to try again."""
 
     may_retry: bool = True
+    is_again: bool = False  # what was decoded before is not to be used
     num_retries: int = 0
     missing: set[str] = field(default_factory=set)  # keys of chunks that do not exist
 

@@ -1,0 +1,73 @@
+"""Decoded chunks that are longer than what is read of them, kept for the next part.
+
+A coordinate is often stored in one chunk, all of which each leaf of the rows would decode.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from nlsq_dask.sources.buffers import lending
+from nlsq_dask.sources.retrying import current_log, reading_log
+
+__all__ = ["HeldBlocks"]
+
+_MOST_BYTES = 2**26  # beyond the block that was asked for last
+
+_Key: TypeAlias = tuple[tuple[int, int], ...]  # start and stop along each axis
+
+
+@dataclass
+class _Block:
+    values: np.ndarray | None = None
+    missing: set[str] = field(default_factory=set)  # keys that the store did not have
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.values is None else self.values.nbytes
+
+
+class HeldBlocks:
+    """The blocks of an array that were asked for last. They do not travel.
+
+    Who asks for one that is being decoded waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[HeldBlocks], tuple[()]]:
+        return HeldBlocks, ()
+
+    def get(self, key: _Key, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """The block, from `decode` where it is not held, or where that is read once more."""
+        with self._lock:
+            block = self._blocks.setdefault(key, _Block())
+            self._blocks.move_to_end(key)
+        log = current_log()
+        with block.lock:
+            if block.values is None or log.is_again:
+                with reading_log(may_retry=log.may_retry) as own, lending(None):
+                    block.values = decode()
+                block.missing = own.missing
+                log.num_retries += own.num_retries
+            log.missing |= block.missing
+            values = block.values
+        self._let_go()
+        return values
+
+    def _let_go(self) -> None:
+        with self._lock:
+            *others, _ = self._blocks.values()
+            excess = sum(block.nbytes for block in others) - _MOST_BYTES
+            while excess > 0:
+                _, oldest = self._blocks.popitem(last=False)
+                excess -= oldest.nbytes
