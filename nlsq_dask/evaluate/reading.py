@@ -21,6 +21,7 @@ from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import places_of, transports_of
 from nlsq_dask.sources.grid import GridSource, is_in_memory
+from nlsq_dask.sources.held import Holder, holding
 from nlsq_dask.sources.marks import mark_of
 from nlsq_dask.sources.retrying import pauses, reading_log
 from nlsq_dask.sources.transport import at_chunk, comes_late
@@ -118,6 +119,7 @@ class ChunkReader:
         self._device_room = device_bytes
         self._cache: dict[int, Chunk] = {}
         self._pool = BufferPool()
+        self._holder = Holder()
         self._lock = threading.Lock()
         self._is_ours = isinstance(source, GridSource)  # what it reads is written once
         self._is_marking = not is_in_memory(source)  # what is not read cannot have changed
@@ -231,7 +233,7 @@ class ChunkReader:
 
     def _read(self, index: int, blocks: Blocks | None) -> Chunk:
         source = self._source
-        with at_chunk(index), lending(self._pool.empty):
+        with at_chunk(index), lending(self._pool.empty), holding(self._holder):
             if blocks is None:
                 return check_chunk(source.read(index), source, index)
             assert isinstance(source, GridSource)

@@ -18,7 +18,7 @@ from nlsq_dask.errors import DataError
 from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.buffers import lender
-from nlsq_dask.sources.held import HeldBlocks
+from nlsq_dask.sources.held import holder
 from nlsq_dask.sources.rereading import read_in_pieces
 from nlsq_dask.sources.retrying import UNDECODABLE
 from nlsq_dask.sources.transport import (
@@ -75,7 +75,6 @@ class LazyColumn:
 
     variable: xr.Variable
     is_in_memory: bool = False
-    _held: HeldBlocks = field(default_factory=HeldBlocks, repr=False)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -142,11 +141,11 @@ class LazyColumn:
             If the store cannot be read.
         """
         ends = [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
-        around = self._chunks_around(ends)
-        if not around:
+        around, kept = self._chunks_around(ends), holder()
+        if not around or kept is None:
             return self._decoded(index)
         whole = tuple(slice(first, last) for first, last in around)
-        part = self._held.get(around, lambda: self._decoded(whole))[
+        part = kept.blocks_of(self).get(around, lambda: self._decoded(whole))[
             tuple(
                 slice(start - first, stop - first)
                 for (start, stop, _), (first, _) in zip(ends, around, strict=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -16,7 +18,7 @@ import numpy as np
 from nlsq_dask.sources.buffers import lending
 from nlsq_dask.sources.retrying import current_log, reading_log
 
-__all__ = ["HeldBlocks"]
+__all__ = ["HeldBlocks", "Holder", "holder", "holding"]
 
 _MOST_BYTES = 2**26  # beyond the block that was asked for last
 
@@ -35,7 +37,7 @@ class _Block:
 
 
 class HeldBlocks:
-    """The blocks of an array that were asked for last. They do not travel.
+    """The blocks of an array that were asked for last.
 
     Who asks for one that is being decoded waits for it.
     """
@@ -43,9 +45,6 @@ class HeldBlocks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type[HeldBlocks], tuple[()]]:
-        return HeldBlocks, ()
 
     def get(self, key: _Key, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """The block, from `decode` where it is not held, or where that is read once more."""
@@ -71,3 +70,31 @@ class HeldBlocks:
             while excess > 0:
                 _, oldest = self._blocks.popitem(last=False)
                 excess -= oldest.nbytes
+
+
+class Holder:
+    """Keeps blocks of the columns of a source, as long as it lives."""
+
+    def __init__(self) -> None:
+        self._columns: dict[int, HeldBlocks] = {}
+
+    def blocks_of(self, column: object) -> HeldBlocks:
+        return self._columns.setdefault(id(column), HeldBlocks())
+
+
+_HOLDER: ContextVar[Holder | None] = ContextVar("nlsq_dask_holder", default=None)
+
+
+@contextmanager
+def holding(in_holder: Holder) -> Iterator[None]:
+    """Let columns that are read by the code within keep blocks there."""
+    token = _HOLDER.set(in_holder)
+    try:
+        yield
+    finally:
+        _HOLDER.reset(token)
+
+
+def holder() -> Holder | None:
+    """Where blocks are kept now, if anywhere."""
+    return _HOLDER.get()
