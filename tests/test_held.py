@@ -169,6 +169,14 @@ def test_nothing_is_kept_where_nobody_holds(tmp_path, rectangles):
     assert rectangles == [slice(3, 5)]
 
 
+def test_what_is_handed_out_is_not_what_is_held(tmp_path):
+    ds = open_store(write(tmp_path / "a.zarr", {"t": 1000, "y": 100}))
+    column = column_of("t", ds["t"].variable)
+    with holding(Holder()):
+        first, second = (column.read((slice(3, 5),)) for _ in range(2))
+    assert not np.shares_memory(first, second)
+
+
 def test_missing_keys_are_noted_for_each_part(tmp_path):
     write(tmp_path / "a.zarr", {"t": 1000, "y": 100})
     (tmp_path / "a.zarr" / "t" / "c" / "0").unlink()

@@ -83,6 +83,7 @@ OTHERS = {
     "one bit of the last": lambda t: np.concatenate([t[:-1], np.nextafter(t[-1:], 9)]),
     "a zero's sign": lambda t: np.where(t == 0, -0.0, t),
     "another dtype": lambda t: t.astype(np.float32),
+    "the same bits of another dtype": lambda t: t.view(np.int64),
     "another byte order": lambda t: t.astype(">f8"),
     "a slice": lambda t: t[:900],
     "rolled rows": lambda t: np.roll(t, 1),

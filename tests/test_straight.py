@@ -13,6 +13,7 @@ import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.storage import LocalStore
 
 from nlsq_dask.errors import StoreDamagedError
 from nlsq_dask.sources import straight as module
@@ -119,6 +120,20 @@ def test_rectangles_are_read_as_zarr_reads_them(tmp_path, name, rectangle, lends
     num_whole |= {"to the end": 1, "across chunks": 2}  # the last chunk is ragged
     assert len(in_place) == (num_whole.get(rectangle, 0) if is_in_place else 0)
     assert all(np.shares_memory(place, read) for place in in_place)
+
+
+def test_of_a_shard_only_what_is_wanted_is_read(tmp_path, monkeypatch):
+    write(tmp_path / "a.zarr", "shards of blosc")
+    stored, get, ranges = column(tmp_path / "a.zarr"), LocalStore.get, []
+
+    async def noted(self, key, prototype, byte_range=None):
+        ranges.append(byte_range)
+        return await get(self, key, prototype, byte_range)
+
+    monkeypatch.setattr(LocalStore, "get", noted)
+    stored.read((slice(7, 14), slice(0, 40)))
+    assert ranges
+    assert None not in ranges
 
 
 def test_chunks_that_do_not_lie_in_one_piece_are_copied_to_where_they_belong(tmp_path, in_place):

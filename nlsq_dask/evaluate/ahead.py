@@ -64,7 +64,7 @@ def read_ahead(
                 raise found.error
             for ticket in itertools.islice(to_read, 1):
                 readers.tickets.put(ticket)
-            if position >= _TOO_FEW and reading > _SLOW_READING * computing and not is_far:
+            if position >= _TOO_FEW and reading > _SLOW_READING * computing:
                 readers.start(min(num_ahead, 2))
             handed_over = time.perf_counter()
             assert found.chunk is not None
