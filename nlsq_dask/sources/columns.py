@@ -38,6 +38,7 @@ __all__ = [
     "TimeAxis",
     "TimeColumn",
     "build_time_column",
+    "leading_blocks",
     "places_of",
     "stored_among",
     "transports_of",
@@ -344,14 +345,16 @@ def build_time_column(name: str, column: Column, time_units: str | None) -> Time
     return TimeColumn(column=column, axis=axis)
 
 
-def _leading_blocks(column: Column) -> Iterator[Index]:
-    """The column piece by piece along its first axis."""
+def leading_blocks(column: Column, at_once_bytes: int = 0) -> Iterator[Index]:
+    """The column along its first axis: a chunk at once, or as many as come to `at_once_bytes`."""
     if not column.shape:
         yield ()
         return
     length, *rest = column.shape
-    step = (column.chunks or column.shape)[0]
-    for start in range(0, length, max(step, 1)):
+    chunk = max((column.chunks or column.shape)[0], 1)
+    chunk_bytes = chunk * math.prod(rest) * column.dtype.itemsize
+    step = chunk * max(at_once_bytes // max(chunk_bytes, 1), 1)
+    for start in range(0, length, step):
         yield (slice(start, min(start + step, length)), *(slice(0, size) for size in rest))
 
 
@@ -381,7 +384,7 @@ def _parse_units(time_units: Any) -> tuple[str, str | None]:
 
 def _first_time(name: str, column: Column) -> Any:
     """The first value that is a time, from the first block that has one."""
-    for index in _leading_blocks(column):
+    for index in leading_blocks(column):
         block = column.read(index).ravel()
         if block.dtype.kind == "M":
             present = block[~np.isnat(block)]

@@ -8,7 +8,7 @@ by comparing all values; names, and where a dataset says that it came from, prov
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ import xarray as xr
 
 from nlsq_dask._typing import Index
 from nlsq_dask.sources.base import Column
-from nlsq_dask.sources.columns import LazyColumn, TimeColumn, stored_among
+from nlsq_dask.sources.columns import LazyColumn, TimeColumn, leading_blocks, stored_among
 from nlsq_dask.sources.grid import GridSource
 from nlsq_dask.sources.retrying import UNDECODABLE
 from nlsq_dask.sources.stores import open_group_of
@@ -90,14 +90,4 @@ def _have_same_bits(stored: LazyColumn, loaded: Column) -> bool:
         return np.array_equal(ours, theirs)
 
     with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="nlsq-compare") as threads:
-        return all(threads.map(is_same, _pieces(stored)))
-
-
-def _pieces(column: LazyColumn) -> Iterator[Index]:
-    """Along the first axis, a number of whole chunks each."""
-    assert column.chunks is not None
-    chunk, length = column.chunks[0], column.shape[0]
-    row_bytes = column.dtype.itemsize * int(np.prod(column.shape[1:]))
-    step = chunk * max(1, _COMPARED_BYTES // (chunk * row_bytes))
-    for start in range(0, length, step):
-        yield (slice(start, min(start + step, length)), *map(slice, column.shape[1:]))
+        return all(threads.map(is_same, leading_blocks(stored, _COMPARED_BYTES)))

@@ -87,8 +87,9 @@ class StraightPipeline(BatchedCodecPipeline):
         packing = [type(codec) for codec in self.bytes_bytes_codecs]
         if self.array_array_codecs:
             return False
-        if isinstance(getattr(numbers, "compressor", None), blosc.Blosc):  # of format 2
-            return not (numbers.filters or packing) and spec.order == "C"
+        if hasattr(numbers, "compressor"):  # of format 2
+            is_blosc = isinstance(numbers.compressor, blosc.Blosc)
+            return is_blosc and not (numbers.filters or packing) and spec.order == "C"
         return numbers == BytesCodec() and packing == [BloscCodec]
 
 
