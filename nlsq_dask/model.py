@@ -216,7 +216,7 @@ def build_model(
         The variables, in the order of the function's first arguments. Unset, the arguments
         that `known` holds.
     claimed : collection of str
-        Names that `p0`, `bounds` or `fixed` use as parameters.
+        Names that `p0`, `bounds`, `fixed`, `ties` or `priors` use as parameters.
     jac : callable, optional
         ``jac(x1, …, p1, p2, …)``, the derivative by the parameters.
 
@@ -239,7 +239,7 @@ def build_model(
         if both:
             raise ModelError(
                 f"`model` argument {both[0]!r} could be a variable of `ds` and is also named as a "
-                "parameter by `p0`, `bounds` or `fixed`; say which with `x=`"
+                "parameter by `p0`, `bounds`, `fixed`, `ties` or `priors`; say which with `x=`"
             )
         variables = tuple(found)
         if names[: len(found)] != variables:
@@ -310,6 +310,7 @@ def check_traceable(
         raise ModelError(
             f"`model` must return an array that broadcasts to the shape of `y`, {y_shape}, for "
             f"variables of shapes {[tuple(s) for s in x_shapes]}, got shape {shape}"
+            f"{_arrays_among(model, params)}"
         )
     if np.dtype(dtype).kind != "f":
         raise ModelError(
@@ -339,6 +340,7 @@ def _trace(
             f"`model` must be traceable by JAX: write it with `jax.numpy`, without branching on "
             f"values. Calling {model.name}({', '.join(model.variables + model.parameters)}) "
             f"raised {type(error).__name__}: {_first_line(error)}{_remedy(error)}"
+            f"{_arrays_among(model, params)}"
         ) from error
     return tuple(out[0].shape), out[0].dtype, trace_of(closed)
 
@@ -348,6 +350,16 @@ def _remedy(error: Exception) -> str:
     if "Indexer must have integer" in str(error):
         return "; variables arrive as floats, and `.astype(int)` makes indices of them"
     return ""
+
+
+def _arrays_among(model: Model, params: Sequence[Array]) -> str:
+    """Which parameters are arrays: a model written for numbers fails by them."""
+    shapes = {
+        name: tuple(np.shape(value))
+        for name, value in zip(model.parameters, params, strict=True)
+        if np.ndim(value)
+    }
+    return f"; `p0` or defaults give parameters the shapes {shown(shapes)}" if shapes else ""
 
 
 def _broadcasting(model: Model) -> Callable[..., tuple[Array, Array]]:

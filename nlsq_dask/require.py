@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _MOST_DIGITS = 30
-_MOST_ELEMENTS = 10**8  # of what is no array
+_MOST_ELEMENTS = 10**7  # of what is no array
 _FEW_ELEMENTS = 1000
 
 

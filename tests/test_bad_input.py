@@ -547,6 +547,21 @@ def are_numbers(value):
     return array.shape == (2,) and bool(np.isfinite(array).all()) and not is_text
 
 
+def is_among(value, names):
+    """Names, and none but these; or nothing."""
+    if isinstance(value, str):
+        return value == "" or value in names
+    return isinstance(value, list | set | range | np.ndarray) and set(value) <= names
+
+
+def are_starts(value):
+    """Finite numbers by name, or arrays of one element for each parameter."""
+    if isinstance(value, dict):
+        return set(value) <= {"a", "b"} and bool(np.isfinite(list(value.values())).all())
+    is_nested = isinstance(value, np.ndarray) and value.dtype == object and len(value) == 2
+    return is_nested and all(isinstance(v, tuple) and are_numbers(2 * v) for v in value)
+
+
 ACCEPTABLE = {
     "loss": lambda v: isinstance(v, str) and v in ("linear", "huber", "cauchy", "arctan"),
     "f_scale": lambda v: v == "mad" if isinstance(v, str) else is_real(v) and 0 < v < 1e154,
@@ -559,18 +574,20 @@ ACCEPTABLE = {
     "client": lambda v: v is None,
     "checkpoint": lambda v: v is None or isinstance(v, str),
     "storage_options": lambda v: v is None,
-    "y": lambda v: v is None or v == "y",
-    "x": lambda v: v is None or (isinstance(v, str | list | range) and len(v) == 0),
-    "sigma": lambda v: v is None or (is_real(v) and 0 < v < 1e154 and float(v) ** 2 > 0),
+    "y": lambda v: v is None or v in ("y", "t"),
+    "x": lambda v: v is None or is_among(v, {"t"}),
+    "sigma": lambda v: (
+        v is None or v == "t" or (is_real(v) and 0 < v < 1e154 and float(v) ** 2 > 0)
+    ),
     "where": lambda v: v is None,
-    "cluster": lambda v: v is None,
+    "cluster": lambda v: v is None or v == "t",
     "time_units": lambda v: v is None,
     "jac": lambda v: v is None,
     "ties": lambda v: v is None or (isinstance(v, dict) and not v),
     "priors": lambda v: v is None or (isinstance(v, dict) and not v),
-    "fixed": lambda v: isinstance(v, str | list | set | range | np.ndarray) and len(v) == 0,
+    "fixed": lambda v: is_among(v, {"a"}) or is_among(v, {"b"}),
     "bounds": lambda v: v is None or (isinstance(v, dict) and not v) or are_numbers(v),
-    "p0": lambda v: v is None or (isinstance(v, dict) and not v) or are_numbers(v),
+    "p0": lambda v: v is None or are_starts(v) or are_numbers(v),
 }
 
 

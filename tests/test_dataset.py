@@ -128,6 +128,13 @@ def test_y_is_the_only_variable_left_over():
     assert_fits(result, linear_oracle(SURFACE, GRID, SPREAD[:, None, None]), num_rows=GRID.size)
 
 
+def test_what_cluster_names_is_not_left_over_for_y():
+    ds = series(NOISY, station=("t", np.arange(NOISY.size) % 7))
+    by_name, alone = (fit_dataset(ds, line, cluster="station", **y) for y in ({"y": "y"}, {}))
+    assert alone.popt.tobytes() == by_name.popt.tobytes()
+    assert alone.pcov.tobytes() == by_name.pcov.tobytes()
+
+
 # -- time
 
 

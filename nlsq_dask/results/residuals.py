@@ -50,7 +50,7 @@ class Residuals(NDArrayOperatorsMixin):
             return y - jnp.broadcast_to(value, y.shape)
 
         for index in range(problem.source.num_chunks):
-            chunk = home.reader.fetch_host(index)
+            chunk = home.host_leaf(index)
             with jax.enable_x64(True):
                 x = tuple(np.asarray(part, np.float64) for part in chunk.x)
                 every = np.asarray(evaluate(self.params, x, np.asarray(chunk.y, np.float64)))

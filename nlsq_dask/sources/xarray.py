@@ -214,7 +214,8 @@ def pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
     """What is fitted: as it was given, or the only data variable that it can be."""
     if roles.y is not None:
         return _resolve(ds, "y", roles.y)
-    taken = {*roles.x, *(r for r in (roles.sigma, roles.where) if isinstance(r, str))}
+    others = (roles.sigma, roles.where, roles.cluster)
+    taken = (*roles.x, *(name for name in others if isinstance(name, str)))
     needed = {dim for name in roles.x for dim in dimension_or_variable(ds, name).dims}
     left = [
         str(name)
@@ -226,7 +227,8 @@ def pick_y(ds: xr.Dataset, roles: DatasetRoles) -> xr.DataArray:
     ]
     if len(left) != 1:
         raise ValueError(
-            f"`y` must be given: besides the model's variables {list(roles.x)}, `ds` has "
+            f"`y` must be given: besides {list(dict.fromkeys(taken))}, the model's variables (`x`) "
+            "and what `sigma`, `where` and `cluster` name, `ds` has "
             f"{left or 'no numeric data variables over their dimensions'}"
         )
     return ds[left[0]]
