@@ -31,7 +31,7 @@ __all__ = [
 
 _MIN_LEAF_ROWS = 2**16
 _MAX_LEAF_ROWS = 2**20
-_TILE_BYTES = 2**19  # of Jacobian: it stays in the second-level cache
+_TILE_BYTES = 2**19  # of Jacobian, which stays in the second-level cache, up to 63 parameters
 _MAX_TILE_ROWS = 2**13
 _LANE_BLOCK = 2**10  # rows that sums in lanes take at a time
 _MOST_IN_A_SWEEP = 8
@@ -104,7 +104,9 @@ class MemoryProjection:
         if limit_bytes is None or self.total_bytes <= limit_bytes:
             return
         room = limit_bytes - self.base_bytes - _COMPILATION_BYTES - self.cache_bytes
-        rows = int(leaf_rows * max(room, 0) / (self.num_threads * self.task_bytes))
+        # A kernel needs it by tiles, which are no smaller in a smaller leaf.
+        room = room // self.num_threads - self.kernel_bytes
+        rows = int(leaf_rows * max(room, 0) / (self.leaf_bytes + self.reading_bytes))
         remedy = (
             f"use `chunk_size` <= {rows:,}"
             if rows >= 1
@@ -150,7 +152,7 @@ def _divide(leaf: list[int], limit: int) -> list[int]:
 
 
 def choose_tile_rows(num_free: int) -> int:
-    """Rows for which the Jacobian of a tile stays in cache."""
+    """Rows for which the Jacobian of a tile stays in cache; at least as many as lanes take."""
     fitting = _TILE_BYTES // (8 * (num_free + 1))
     fitting -= fitting % _LANE_BLOCK
     return max(_LANE_BLOCK, min(_MAX_TILE_ROWS, fitting))
@@ -172,8 +174,8 @@ def choose_strategy(
         Of the model's largest array; given where no Jacobian is to be formed.
     num_shards : int
     platform : str
-        What JAX calls the devices that compute on the rows. On a GPU tiles are for memory, not
-        for cache: a whole leaf where no Jacobian is kept.
+        What JAX calls the devices that compute on the rows. On a GPU, tiles of a Jacobian are
+        for memory, not for cache: a whole leaf where none is kept.
     """
     if elements_per_row is None and platform != "cpu":
         is_few = num_free <= _MOST_IN_A_SWEEP

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nlsq_dask._typing import Array, Float, Int
+from nlsq_dask._typing import Array, Bool, Float, Int
 from nlsq_dask.errors import DataError
 from nlsq_dask.sources.base import Chunk
 from nlsq_dask.sources.columns import MemoryColumn
@@ -33,6 +33,7 @@ _MORE_OF_EACH = 32
 _BLOCK_ROWS = 2**14
 _FIRST_STRATA = 128
 _CHUNKS_TO_SPLIT = 32  # fewer are not comparable halves of an archive in time order
+_LEAST_HALF = 1 / 3  # of the rows: both are cut to the smaller
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,8 +233,9 @@ def _assemble(
         # Blocks of one shape, so that the sample compiles once. They are drawn at random from
         # their half: any of them alone is a sample of it.
         order = np.random.default_rng(0).permutation(len(owner))
-        is_second = owner[order] % 2 == 1
-        if len(drawn) < _CHUNKS_TO_SPLIT or is_second.mean() in (0.0, 1.0):
+        is_second = _in_second_half([len(rows.y) for rows in drawn])[owner[order]]
+        share = is_second.mean()
+        if len(drawn) < _CHUNKS_TO_SPLIT or min(share, 1 - share) < _LEAST_HALF:
             is_second = np.arange(len(order)) % 2 == 1
         halves = order[~is_second], order[is_second]
         smallest = min(map(len, halves))
@@ -254,6 +256,16 @@ def _assemble(
         marks={leaf: rows.mark for leaf, rows in zip(chosen, drawn, strict=True)},
         places=places,
     )
+
+
+def _in_second_half(counts: Sequence[int]) -> Bool[np.ndarray, " chunks"]:
+    """Chunks in turns, so that the halves cover the same times, and hold as many rows."""
+    rows, chosen = [0, 0], []
+    for count in counts:
+        half = int(rows[1] < rows[0])
+        rows[half] += count
+        chosen.append(half == 1)
+    return np.array(chosen)
 
 
 def _stack(rows: Sequence[Rows], num_variables: int) -> list[np.ndarray]:

@@ -500,8 +500,11 @@ def many(**variables):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
-def test_a_bad_sigma_that_the_sample_misses(value):
+@pytest.mark.parametrize("has_missing", [False, True])
+def test_a_bad_sigma_that_the_sample_misses(value, has_missing):
     ds = many(s=blemished(value, 1.0))
+    if has_missing:  # in every chunk, which is none's fault
+        ds.y[::100] = np.nan
     with pytest.raises(ValueError, match="`sigma`") as raised:
         fit_dataset(ds, line, y="y", sigma="s", config=CONFIG)
     assert_clear(raised.value, "1 rows", "[499]")

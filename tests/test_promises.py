@@ -76,6 +76,7 @@ def test_no_global_random_state_is_read_or_changed():
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_one_that_does():
+    """What a kernel needs is of its tiles, and stays as it is in smaller leaves."""
     mebibyte = 2**20
     limit_bytes, leaf_rows = 4096 * mebibyte, 2**26
 
@@ -84,7 +85,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_one_that_does():
             base_bytes=300 * mebibyte,
             leaf_bytes=16 * rows,
             reading_bytes=32 * rows,
-            kernel_bytes=24 * rows,
+            kernel_bytes=50 * mebibyte,
             num_threads=2,
             cache_bytes=100 * mebibyte,
         )

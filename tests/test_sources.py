@@ -43,7 +43,12 @@ class Lines:
             x = x.astype(int)
         if self.fault == "drifts":
             x = x + np.random.default_rng().normal()
-        return Chunk(x=(x,), y=np.where(x == 7, np.nan, x))
+        marks = {
+            "extent": {"extent": np.array([len(x) - 2])},
+            "where": {"where": np.ones(len(x), int)},
+            "cluster": {"cluster": np.ones(len(x))},
+        }
+        return Chunk(x=(x,), y=np.where(x == 7, np.nan, x), **marks.get(self.fault, {}))
 
 
 def test_a_good_source_passes():
@@ -61,6 +66,20 @@ def test_a_good_source_passes():
 def test_a_bad_source_is_told_why(source, message):
     with pytest.raises(AssertionError, match=message):
         check_source(source)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        ("extent", ValueError, r"rows that are real, .* got `extent` \[8\]"),
+        ("where", TypeError, "`where` of booleans, got int64"),
+        ("cluster", TypeError, "`cluster` of whole numbers, got float64"),
+    ],
+)
+def test_what_would_be_taken_otherwise_than_it_is_meant_is_refused(fault, kind, message):
+    for use in (check_source, lambda source: fit_dataset(source, lambda x, a=1.0: a * x)):
+        with pytest.raises(kind, match=f"`ds` must read chunk . as it describes it: {message}"):
+            use(Lines(fault=fault))
 
 
 @pytest.mark.parametrize("store", ["zarr", "nc"])

@@ -163,6 +163,19 @@ def test_starts_that_lead_apart_stay_apart():
     assert abs(warmup.optima[0].params[1]) == pytest.approx(3, abs=0.01)
 
 
+def test_halves_are_of_as_many_rows_where_chunks_are_not():
+    """Every second chunk of a hundred has next to no rows: night, or an instrument that was off."""
+    t, y = problems.make_decay(100_000, noise=0.1)
+    y = np.where((np.arange(t.size) // 1000 % 2 == 1) & (np.arange(t.size) % 200 > 0), np.nan, y)
+    ds = xr.Dataset({"t": ("row", t), "y": ("row", y)})
+    config = HybridStreamingConfig(chunk_size=1000, max_sample_fraction=0.3)
+    result = fit_dataset(ds, problems.decay, y="y", p0=problems.P0, config=config)
+    sample = result.diagnostics["sample"]
+    assert sample["num_rows"] > 0.25 * np.isfinite(y).sum()
+    assert sample["halves_agree"]
+    assert result.num_passes <= 4
+
+
 @pytest.mark.parametrize(("drift", "agree"), [(0.0, True), (0.02, False)])
 def test_optima_of_halves_that_disagree_compete(drift, agree):
     """The values of one half are smaller by `drift`."""

@@ -49,7 +49,7 @@ class Layout:
             rows.residual_sum,
             rows.residual_square,
         ]
-        self._refused: list[_Slot] = [rows.num_bad_sigma, rows.num_invalid, rows.num_stray]
+        self._refused: list[_Slot] = [rows.num_bad_sigma, rows.num_stray]
 
     def pack(self, sums: Sums) -> PackedSums:
         """Fetch the arrays to the host, waiting for them where they are still being computed."""

@@ -99,15 +99,16 @@ class ResidualSums(NamedTuple):
             counted_rows(chunk, terms),
             self.counts,
             num_real,
-            self.first.astype(jnp.float64),
-            self.second.astype(jnp.float64),
+            self.first,
+            self.second,
         )
 
 
 def sum_residuals(tile: Tile, residual: Float[Array, ...]) -> ResidualSums:
     """Those of one tile."""
     counts = jnp.sum(count_rows(tile), axis=-1)
-    return ResidualSums(counts, jnp.sum(residual), jnp.sum(residual**2))
+    first, second = jnp.sum(residual), jnp.sum(residual**2)
+    return ResidualSums(counts, first.astype(jnp.float64), second.astype(jnp.float64))
 
 
 def _in_lanes(of: Int[Array, ...] | Bool[Array, ...]) -> Int[Array, " lanes"]:

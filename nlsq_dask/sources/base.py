@@ -141,6 +141,14 @@ def check_chunk(chunk: Chunk, source: Source, index: int) -> Chunk:
             raise ValueError(
                 f"{where}arrays that broadcast to the shape of its `y`, {shape}, got {part.shape}"
             )
+    if chunk.extent is not None:
+        raise ValueError(
+            f"{where}rows that are real, which are padded later, got `extent` {chunk.extent}"
+        )
+    for role, part, kinds in (("where", chunk.where, "b"), ("cluster", chunk.cluster, "iu")):
+        if part is not None and part.dtype.kind not in kinds:
+            kind = "booleans" if role == "where" else "whole numbers"
+            raise TypeError(f"{where}`{role}` of {kind}, got {part.dtype}")
     return chunk
 
 
