@@ -149,8 +149,8 @@ class HybridStreamingConfig:
     max_sample_fraction : float
         Share of the rows that the sample may hold (all of them below 50,000 rows).
     cache_bytes : int, optional
-        Decoded chunks that each process keeps between passes; 0 keeps none. Unset, up to
-        40 % of the process's memory limit.
+        Decoded chunks that each process keeps between passes, beside those that stay on an
+        accelerator; 0 keeps none, nor there. Unset, up to 40 % of the process's memory limit.
     prefetch : bool
         Read the next chunk while this one is computed.
     compilation_cache_dir : path, optional

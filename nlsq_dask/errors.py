@@ -120,14 +120,15 @@ class FitInterrupted(KeyboardInterrupt):
     Attributes
     ----------
     result : FitResult or None
-        At the best parameters that a pass over all rows has evaluated; None before the first.
+        At the best parameters that a pass over all rows has evaluated; None where no pass was
+        over, or not yet put together.
     checkpoint : Path or None
         From which ``config.resume_from_checkpoint`` goes on, where one was written.
     """
 
     def __init__(self, result: Any, checkpoint: Path | None) -> None:
-        passes = "before the first pass" if result is None else f"after pass {result.num_passes}"
-        text = f"The fit was interrupted {passes}"
+        when = "before it had a result" if result is None else f"after pass {result.num_passes}"
+        text = f"The fit was interrupted {when}"
         if result is not None:
             text += "; `result` of this exception is what it has come to"
         if checkpoint is not None:

@@ -73,18 +73,18 @@ def fit_problem(
         In the place of a KeyboardInterrupt, with what the fit has come to.
     """
     journal = open_journal(problem, config, nan_policy, Places() if places is None else places)
-    with journal.named_in_errors(), contextlib.closing(open_evaluator()) as evaluator:
-        try:
+    try:
+        with journal.named_in_errors(), contextlib.closing(open_evaluator()) as evaluator:
             course, state = _Fit(problem, evaluator, config, nan_policy, callback, journal).run()
-        except KeyboardInterrupt:
-            raise FitInterrupted(None, journal.written) from None
-        session = Session(
-            problem=course.problem,
-            config=config,
-            open_evaluator=open_evaluator,
-            terms=course.full.sample.terms,
-        )
-        result = build_result(course, state, session)
+            session = Session(
+                problem=course.problem,
+                config=config,
+                open_evaluator=open_evaluator,
+                terms=course.full.sample.terms,
+            )
+            result = build_result(course, state, session)
+    except KeyboardInterrupt:
+        raise FitInterrupted(None, journal.written) from None
     if state.status is Status.INTERRUPTED:
         raise FitInterrupted(result, journal.written)
     return result

@@ -15,7 +15,14 @@ import pytest
 
 import interrupted_run
 import problems
-from nlsq_dask import FitInterrupted, Status, fit_dataset
+from nlsq_dask import (
+    FitInterrupted,
+    HybridStreamingConfig,
+    Status,
+    fit_dataset,
+    optimizer,
+    phases,
+)
 
 SCRIPT = Path(interrupted_run.__file__)
 
@@ -53,7 +60,7 @@ def test_before_the_first_pass_there_is_no_result():
     def interrupt(record):
         raise KeyboardInterrupt
 
-    with pytest.raises(FitInterrupted, match="before the first pass") as caught:
+    with pytest.raises(FitInterrupted, match="before it had a result") as caught:
         fit_dataset(
             problems.dataset(t, y),
             problems.decay,
@@ -63,6 +70,27 @@ def test_before_the_first_pass_there_is_no_result():
         )
     assert caught.value.result is None
     assert caught.value.checkpoint is None
+
+
+@pytest.mark.parametrize("stage", ["open_evaluator_at", "build_result"])
+def test_at_either_end_the_checkpoint_is_named(stage, monkeypatch, tmp_path):
+    """While Dask's blocks are computed on the workers, and while the result is put together."""
+    t, y = problems.make_decay(5_000)
+    path = tmp_path / "run.h5"
+    place = {"y": "y", "p0": problems.P0, "checkpoint": path}
+    if stage == "open_evaluator_at":
+        config = HybridStreamingConfig(max_passes=1)
+        fit_dataset(problems.dataset(t, y), problems.decay, config=config, **place)
+        place["config"] = HybridStreamingConfig(resume_from_checkpoint=path)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    module = optimizer if stage == "open_evaluator_at" else phases
+    monkeypatch.setattr(module, stage, interrupt)
+    with pytest.raises(FitInterrupted) as caught:
+        fit_dataset(problems.dataset(t, y), problems.decay, **place)
+    assert caught.value.checkpoint == path
 
 
 def test_a_checkpoint_that_was_there_before_is_not_named(tmp_path):

@@ -325,9 +325,9 @@ def test_chunks_are_moved_to_the_device_and_stay_while_there_is_room(room):
             assert chunk.y.dtype == np.float64
             assert chunk.extent.dtype == np.int64
             assert_is_chunk(index, chunk)
-    assert source.reads == [5, 6]
+    assert source.reads == list(range(min(room + 5, 7), 7))
     kept = [isinstance(chunk.y, jax.Array) for chunk in reader._cache.values()]
-    assert kept == [True] * min(room, 5) + [False] * (5 - min(room, 5))
+    assert kept == [True] * room + [False] * min(7 - room, 5)
     assert isinstance(reader.fetch_host(0).y, np.ndarray)
     reader.retain([])
     assert (reader._room, reader._device_room) == (
@@ -337,7 +337,8 @@ def test_chunks_are_moved_to_the_device_and_stay_while_there_is_room(room):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_same_bits_from_chunks_on_a_device(num_threads, monkeypatch):
+@pytest.mark.parametrize(("on_host", "keeps_on_device"), [(2**30, True), (0, True), (0, False)])
+def test_same_bits_from_chunks_on_a_device(num_threads, on_host, keeps_on_device, monkeypatch):
     t, y = problems.make_decay(20_000)
     ds = xr.Dataset({"t": ("row", t), "y": ("row", y)})
     result = fit_dataset(
@@ -349,14 +350,17 @@ def test_same_bits_from_chunks_on_a_device(num_threads, monkeypatch):
     )
     expected = LocalEvaluator(problem, num_threads=1).evaluate(request).sums
     monkeypatch.setattr(leaves, "accelerator", lambda: jax.local_devices()[0])
-    monkeypatch.setattr(leaves, "device_room", lambda device: 10 * 999 * 16)
-    home = leaves.ProblemHome(problem=problem, cache_bytes=2**30, prefetch=True)
+    monkeypatch.setattr(leaves, "device_room", lambda device: 10 * (999 * 16 + 8))
+    home = leaves.ProblemHome(
+        problem=problem, cache_bytes=on_host, keeps_on_device=keeps_on_device, prefetch=True
+    )
     parts = split_leaves(problem.source.num_chunks, num_threads)
     for _ in range(2):
         sums, _ = fold_reports([home.reduce(part, request) for part in parts], 21)
         jax.tree.map(np.testing.assert_array_equal, sums, expected)
     on_device = [isinstance(chunk.y, jax.Array) for chunk in home.reader._cache.values()]
-    assert 0 < sum(on_device) < len(on_device) == 21
+    assert sum(on_device) == (10 if keeps_on_device else 0)
+    assert len(on_device) == (21 if on_host else sum(on_device))
 
 
 def test_room_on_a_device_is_half_of_what_is_free():
@@ -375,7 +379,7 @@ def test_room_on_a_device_is_half_of_what_is_free():
 # -- sums as vectors
 
 
-def sums_of(seed: int, cost: float | None = None, num_invalid: int = 0) -> Sums:
+def sums_of(seed: int, cost: float | None = None, **counts: int) -> Sums:
     rng = np.random.default_rng(seed)
     return Sums(
         normal=CostGradient(
@@ -385,9 +389,9 @@ def sums_of(seed: int, cost: float | None = None, num_invalid: int = 0) -> Sums:
         ),
         rows=RowStatistics(
             num_masked=np.int64(5),
-            num_invalid=np.int64(num_invalid),
-            num_bad_sigma=np.int64(0),
-            num_stray=np.int64(0),
+            num_invalid=np.int64(counts.get("num_invalid", 0)),
+            num_bad_sigma=np.int64(counts.get("num_bad_sigma", 0)),
+            num_stray=np.int64(counts.get("num_stray", 0)),
             residual_sum=np.float64(rng.normal()),
             residual_square=np.float64(rng.normal()),
         ),
@@ -413,7 +417,9 @@ def test_packed_sums_add_to_the_same_bits():
         (sums_of(1), False),  # a rival's cost may be anything
         (sums_of(1, cost=np.inf), True),
         (sums_of(1, cost=1.0), False),
-        (sums_of(1, num_invalid=2), True),
+        (sums_of(1, num_invalid=2), False),  # rows that are left out
+        (sums_of(1, num_bad_sigma=1), True),
+        (sums_of(1, num_stray=1), True),
     ],
 )
 def test_leaves_that_offend_are_found_in_the_vectors(sums, is_offending):

@@ -132,6 +132,7 @@ class ClusterEvaluator:
             token=self._token,
             payload=payload,
             cache_bytes=self._cache_bytes,
+            keeps_on_device=self._config.cache_bytes != 0,
             prefetch=self._config.prefetch,
             may_retry=self._config.enable_fault_tolerance,
             precision=self._config.precision,

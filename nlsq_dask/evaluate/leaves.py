@@ -58,6 +58,7 @@ class ProblemHome:
     problem: Problem
     cache_bytes: int
     prefetch: bool
+    keeps_on_device: bool = False  # what fits there, beside `cache_bytes` on the host
     may_retry: bool = True
     kernels: Kernels = field(init=False)
     reverse: ReverseKernels = field(init=False)
@@ -80,7 +81,7 @@ class ProblemHome:
             prefetch=self.prefetch,
             num_ahead=count_ahead(self.problem.source, self.problem.plan.leaf_bytes),
             device=device,
-            device_bytes=0 if device is None else device_room(device),
+            device_bytes=0 if device is None or not self.keeps_on_device else device_room(device),
             may_retry=self.may_retry,
         )
 

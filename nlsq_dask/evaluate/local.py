@@ -59,6 +59,7 @@ class LocalEvaluator:
         self._home = ProblemHome(
             problem=problem,
             cache_bytes=cache_bytes,
+            keeps_on_device=config.cache_bytes != 0,
             prefetch=prefetch,
             may_retry=config.enable_fault_tolerance,
         )
@@ -136,12 +137,13 @@ class LocalEvaluator:
 
     def memory(self) -> dict[str, Any]:
         """Projected and available bytes; none are projected where the data are here already."""
+        base_bytes = psutil.Process().memory_info().rss  # before it compiles
         # What is compiled here the first pass finds ready.
         needed = self._home.prepare(self._precision, self._home.leaf(0))
         if is_in_memory(self.problem.source):
             return {}
         projection = MemoryProjection(
-            base_bytes=psutil.Process().memory_info().rss,
+            base_bytes=base_bytes,
             leaf_bytes=self.problem.plan.leaf_bytes,
             reading_bytes=reading_bytes(self.problem.source, self.problem.plan.leaf_bytes),
             kernel_bytes=needed,

@@ -95,7 +95,7 @@ class ChunkReader:
     All of it can be rebuilt. Chunks are admitted until `cache_bytes` are full and dropped when
     the process no longer owns them; on a cyclic scan, dropping the least recently used one
     would drop each just before it is needed. With a `device`, chunks are moved there by the
-    thread that reads them, and `device_bytes` of them stay.
+    thread that reads them, and `device_bytes` of them stay, in place of the host.
     """
 
     def __init__(
@@ -131,8 +131,10 @@ class ChunkReader:
         with self._lock:
             for index in [i for i in self._cache if not any(i in leaves for leaves in owned)]:
                 chunk = self._cache.pop(index)
-                self._room += chunk.nbytes
-                self._device_room += chunk.nbytes if _is_on_device(chunk) else 0
+                if _is_on_device(chunk):
+                    self._device_room += chunk.nbytes
+                else:
+                    self._room += chunk.nbytes
 
     def fetch(self, index: int, *, may_cache: bool = True, blocks: Blocks | None = None) -> Chunk:
         """One chunk; from the cache if it is there."""
@@ -249,13 +251,13 @@ class ChunkReader:
 
     def _admit(self, index: int, chunk: Chunk, placed: Chunk) -> None:
         with self._lock:
-            if index in self._cache or chunk.nbytes > self._room:
+            if index in self._cache:
                 return
-            self._room -= chunk.nbytes
             if _is_on_device(placed) and chunk.nbytes <= self._device_room:
                 self._device_room -= chunk.nbytes
                 self._cache[index] = placed
-            else:
+            elif chunk.nbytes <= self._room:
+                self._room -= chunk.nbytes
                 self._cache[index] = chunk
 
 

@@ -62,6 +62,7 @@ class HomeSpec:
     prefetch: bool
     precision: Precision
     compilation_cache_dir: str | None
+    keeps_on_device: bool = True
     may_retry: bool = True
     jaxlib: str = JAXLIB_VERSION  # the client's, wherever it is unpickled
 
@@ -95,6 +96,7 @@ def home_of(spec: HomeSpec) -> ProblemHome:
             _HOMES[spec.token] = ProblemHome(
                 problem=cloudpickle.loads(spec.payload),
                 cache_bytes=spec.cache_bytes,
+                keeps_on_device=spec.keeps_on_device,
                 prefetch=spec.prefetch,
                 may_retry=spec.may_retry,
             )

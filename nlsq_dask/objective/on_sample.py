@@ -48,7 +48,9 @@ class SampleObjective:
         self.num_rows = _num_counting(sample, problem.group_weights)
         counting = self.num_rows / max(sample.num_rows, 1)
         self._all_rows = problem.source.num_rows * sample.valid_share * counting
-        self._home = ProblemHome(problem=self.problem, cache_bytes=2**62, prefetch=False)
+        self._home = ProblemHome(
+            problem=self.problem, cache_bytes=2**62, keeps_on_device=True, prefetch=False
+        )
         self._curvature: tuple[object, Float[np.ndarray, "k k"]] = None, np.zeros((0, 0))
 
     def with_f_scale(self, f_scale: float) -> SampleObjective:
