@@ -84,7 +84,7 @@ def simulate(num_workers: int, options: argparse.Namespace, counts: Any) -> dict
         client.wait_for_workers(num_workers, timeout=_START_SECONDS)
         started = time.perf_counter() - start
         start = time.perf_counter()
-        evaluator = ClusterEvaluator(problem, HybridStreamingConfig(), client)
+        evaluator = ClusterEvaluator(problem, HybridStreamingConfig(cache_bytes=0), client)
         first = evaluator.evaluate(request)  # every worker gets the problem
         prepared = time.perf_counter() - start
         empty = statistics.median(evaluator.evaluate(request).seconds for _ in range(3))

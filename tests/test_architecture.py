@@ -15,7 +15,18 @@ PACKAGE = Path(__file__).parents[1] / "nlsq_dask"
 
 # A layer may import those to its left.
 ORDER = [
-    {"_version", "errors", "status", "_typing", "presets", "recent", "atomic", "by_value", "warn"},
+    {
+        "_version",
+        "errors",
+        "status",
+        "_typing",
+        "presets",
+        "recent",
+        "atomic",
+        "by_value",
+        "warn",
+        "machine",
+    },
     {"plain_hdf5"},
     {"options", "compilation", "require", "traces", "config_file"},
     {"config"},

@@ -537,14 +537,18 @@ def is_real(value):
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def are_numbers(value):
-    """Two finite numbers in order, or what an array makes of them."""
+def are_numbers(value, allowed=np.isfinite):
+    """Two numbers, finite or otherwise `allowed`, or what an array makes of them."""
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError):
         return False
     is_text = any(isinstance(part, str | bytes | bool) for part in np.asarray(value, object).flat)
-    return array.shape == (2,) and bool(np.isfinite(array).all()) and not is_text
+    return array.shape == (2,) and bool(np.all(allowed(array))) and not is_text
+
+
+def is_rising(bounds):
+    return np.diff(bounds) > 0
 
 
 def is_among(value, names):
@@ -586,7 +590,7 @@ ACCEPTABLE = {
     "ties": lambda v: v is None or (isinstance(v, dict) and not v),
     "priors": lambda v: v is None or (isinstance(v, dict) and not v),
     "fixed": lambda v: is_among(v, {"a"}) or is_among(v, {"b"}),
-    "bounds": lambda v: v is None or (isinstance(v, dict) and not v) or are_numbers(v),
+    "bounds": lambda v: v is None or (isinstance(v, dict) and not v) or are_numbers(v, is_rising),
     "p0": lambda v: v is None or are_starts(v) or are_numbers(v),
 }
 

@@ -223,7 +223,7 @@ def test_an_error_in_one_range_ends_the_pass_of_all(monkeypatch):
         return evaluate(self, request)
 
     monkeypatch.setattr(LocalEvaluator, "evaluate", arm_and_evaluate)
-    monkeypatch.setattr("nlsq_dask.evaluate.local._num_cpus", lambda: 2)
+    monkeypatch.setattr("nlsq_dask.evaluate.local.num_cpus", lambda: 2)
     with pytest.raises(OSError, match="disk broke"):
         fit_dataset(
             source, problems.decay, p0=problems.P0, config=HybridStreamingConfig(cache_bytes=0)

@@ -180,7 +180,7 @@ def test_sums_have_the_bits_of_copied_leaves(name, kind, copies):
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("before", BEFORE)
 def test_a_fit_does_not_depend_on_where_arrays_lie(before, num_threads, copies, monkeypatch):
-    monkeypatch.setattr(local, "_num_cpus", lambda: num_threads)
+    monkeypatch.setattr(local, "num_cpus", lambda: num_threads)
     config = HybridStreamingConfig(chunk_size=LEAF)
     options = {"p0": problems.P0, "config": config}
     taken = []

@@ -19,7 +19,6 @@ import cloudpickle
 import dask
 import distributed
 import numpy as np
-import psutil
 
 from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
@@ -46,7 +45,7 @@ from nlsq_dask.evaluate.worker import (
     reduce_range,
     same_spec,
 )
-from nlsq_dask.evaluate.workers import ask_all, register_on_all, workers_of
+from nlsq_dask.evaluate.workers import ask_all, memory_of, register_on_all, workers_of
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
@@ -80,14 +79,15 @@ class ClusterEvaluator:
         self._num_passes = 0
         self._retries = config.max_retries_per_batch if config.enable_fault_tolerance else 0
         workers = workers_of(client)
-        self._memory_limit = min((w["memory_limit"] or 0 for w in workers.values()), default=0)
+        limits = [w["memory_limit"] for w in workers.values() if w["memory_limit"]]
+        self._memory_limit: int | None = min(limits, default=None)
         self._num_threads = max(w["nthreads"] for w in workers.values())
         self._num_workers = len(workers)
         self._ownership = Ownership(problem.source.num_chunks)
         self._blocks = DaskBlocks(problem)
-        room = sum(w["memory_limit"] or psutil.virtual_memory().total for w in workers.values())
-        self._fits = self._blocks.nbytes <= _PERSIST_SHARE * room
-        self._cache_bytes = self._choose_cache_bytes(len(workers))
+        memory = memory_of(client, workers)
+        self._fits = self._blocks.nbytes <= _PERSIST_SHARE * sum(memory)
+        self._cache_bytes = self._choose_cache_bytes(memory)
         self._home: Any = None
         self._compiling: list[Any] = []
         with contextlib.ExitStack() as undo:
@@ -142,14 +142,14 @@ class ClusterEvaluator:
         with in_touch(self._client):
             self._home = self._client.submit(same_spec, self._spec, key=key, pure=False, retries=2)
 
-    def _choose_cache_bytes(self, num_workers: int) -> int:
+    def _choose_cache_bytes(self, memory: Sequence[int]) -> int:
         """Of decoded chunks, in each worker: what the blocks that Dask holds there leave."""
         if not self._fits or (self._blocks and self._blocks.are_all_columns):
             return 0
         if self._config.cache_bytes is not None:
             return self._config.cache_bytes
-        kept = self._blocks.nbytes // num_workers
-        return max(int(CACHE_SHARE * self._memory_limit) - kept, 0)
+        kept = self._blocks.nbytes // len(memory)
+        return max(int(CACHE_SHARE * min(memory)) - kept, 0)
 
     # -- before the first pass
 
@@ -179,7 +179,7 @@ class ClusterEvaluator:
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes + kept // len(self._probes),
         )
-        limit = self._memory_limit or None
+        limit = self._memory_limit
         projection.require_within(limit, int(np.prod(self._problem.source.chunk_shape)))
         return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
 

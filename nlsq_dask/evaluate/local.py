@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.marks import fold_marks
 from nlsq_dask.evaluate.reading import accelerator, reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
+from nlsq_dask.machine import available_memory, num_cpus, total_memory
 from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
@@ -43,7 +43,7 @@ class LocalEvaluator:
         progress: Progress | None = None,
     ) -> None:
         config = HybridStreamingConfig() if config is None else config
-        self._num_threads = num_threads or _num_cpus()
+        self._num_threads = num_threads or num_cpus()
         self._progress = LogProgress() if progress is None else progress
         self._num_passes = 0
         cache_bytes, prefetch = config.cache_bytes, config.prefetch
@@ -53,7 +53,7 @@ class LocalEvaluator:
             # that compute. To an accelerator it has yet to be moved.
             prefetch = prefetch and accelerator() is not None
         elif cache_bytes is None:
-            cache_bytes = int(CACHE_SHARE * psutil.virtual_memory().available)
+            cache_bytes = int(CACHE_SHARE * available_memory())
         self._cache_bytes = cache_bytes
         self._precision = config.precision
         self._home = ProblemHome(
@@ -150,7 +150,7 @@ class LocalEvaluator:
             num_threads=self._num_threads,
             cache_bytes=self._cache_bytes,
         )
-        limit = psutil.virtual_memory().total
+        limit = total_memory()
         projection.require_within(limit, math.prod(self.problem.plan.leaf_shape))
         return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
 
@@ -159,10 +159,3 @@ class LocalEvaluator:
 
     def close(self) -> None:
         self._home.reader.retain([])
-
-
-def _num_cpus() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

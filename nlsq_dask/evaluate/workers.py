@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,16 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from nlsq_dask.errors import WorkerError
 from nlsq_dask.evaluate.touch import in_touch
 from nlsq_dask.evaluate.worker import platform_of_worker
+from nlsq_dask.machine import total_memory
 
-__all__ = ["ask_all", "platform_of", "register_on_all", "run_on_all", "workers_of"]
+__all__ = [
+    "ask_all",
+    "memory_of",
+    "platform_of",
+    "register_on_all",
+    "run_on_all",
+    "workers_of",
+]
 
 _WORKER_WAIT_SECONDS = 60.0
 _MAX_ATTEMPTS = 4  # as often as Dask's schedulers try a task that kills its worker
@@ -37,6 +46,20 @@ def platform_of(client: distributed.Client) -> str:
             f"the workers must compute on one kind of device, but {platforms} are of {kinds}"
         )
     return kinds[0]
+
+
+def memory_of(client: distributed.Client, workers: Mapping[str, Any]) -> list[int]:
+    """Bytes that each worker may use: its limit, or its share of its machine where it has none."""
+    limits = [worker["memory_limit"] for worker in workers.values()]
+    if all(limits):
+        return limits
+    machines = run_on_all(client, total_memory)
+    num_beside = Counter(worker["host"] for worker in workers.values())
+    shares = [
+        machines.get(address, 0) // num_beside[worker["host"]]  # none of one that has just died
+        for address, worker in workers.items()
+    ]
+    return [limit or share for limit, share in zip(limits, shares, strict=True)]
 
 
 def run_on_all(client: distributed.Client, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -21,8 +21,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-import psutil
 
+from nlsq_dask.machine import available_memory
 from nlsq_dask.plain_hdf5 import NotPlainError, member, require_in_one_piece, require_within
 
 __all__ = ["Stored", "format_of", "read_stored"]
@@ -65,7 +65,7 @@ def _require_memory(num_bytes: int) -> None:
     """A file with holes may be larger than the disk that it is on."""
     if num_bytes <= _FEW_BYTES:
         return
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if num_bytes > available:
         raise NotPlainError(f"its arrays have {num_bytes:,} bytes, and {available:,} are free")
 
