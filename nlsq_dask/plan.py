@@ -82,6 +82,7 @@ class MemoryProjection:
     reading_bytes: int  # of those to come
     kernel_bytes: int  # for all slabs of a leaf
     num_threads: int
+    held_bytes: int  # of chunks of the store that are longer than a leaf, for all threads
     cache_bytes: int
 
     @property
@@ -91,7 +92,11 @@ class MemoryProjection:
     @property
     def total_bytes(self) -> int:
         tasks = self.num_threads * self.task_bytes
-        return self.base_bytes + _COMPILATION_BYTES + tasks + self.cache_bytes
+        return self._apart_from_tasks + tasks
+
+    @property
+    def _apart_from_tasks(self) -> int:
+        return self.base_bytes + _COMPILATION_BYTES + self.held_bytes + self.cache_bytes
 
     def require_within(self, limit_bytes: int | None, leaf_rows: int) -> None:
         """Refuse a plan that does not fit.
@@ -103,7 +108,7 @@ class MemoryProjection:
         """
         if limit_bytes is None or self.total_bytes <= limit_bytes:
             return
-        room = limit_bytes - self.base_bytes - _COMPILATION_BYTES - self.cache_bytes
+        room = limit_bytes - self._apart_from_tasks
         # A kernel needs it by tiles, which are no smaller in a smaller leaf.
         room = room // self.num_threads - self.kernel_bytes
         rows = int(leaf_rows * max(room, 0) / (self.leaf_bytes + self.reading_bytes))
@@ -112,6 +117,9 @@ class MemoryProjection:
             if rows >= 1
             else "give the workers more memory, or fewer threads each"
         )
+        if self.held_bytes > self.num_threads * self.task_bytes:
+            held = f"{self.held_bytes / 2**20:,.0f} MiB"
+            remedy += f"; {held} of it are whole chunks of the store, of which a leaf is a part"
         raise MemoryProjectionError(
             f"a worker needs {self.total_bytes / 2**20:,.0f} MiB for {self.num_threads} thread(s) "
             f"of {leaf_rows:,} rows at a time, but is limited to {limit_bytes / 2**20:,.0f} MiB; "

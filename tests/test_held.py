@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from nlsq_dask import HybridStreamingConfig, fit_dataset
-from nlsq_dask.evaluate.reading import ChunkReader
+from nlsq_dask.evaluate.reading import ChunkReader, held_bytes
 from nlsq_dask.sources import held
 from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import LazyColumn
@@ -217,3 +218,19 @@ def test_a_fit_decodes_a_coordinate_in_one_chunk_once(tmp_path, rectangles):
     ds = open_store(path)
     assert scipy_decay(ds["t"].values, ds["y"].values).distance(result.popt) < 1e-3
     assert rectangles == [slice(0, 1000)]
+
+
+@pytest.mark.parametrize(("chunk", "num_chunks"), [(200_000, 0), (400_000, 3), (2_000_000, 2)])
+def test_what_is_held_is_projected(chunk, num_chunks, tmp_path):
+    """Of a time in long chunks, where those of `y` are leaves: decoded, and as they are stored."""
+    num_rows = 2_000_000
+    ds = xr.Dataset({"t": ("row", np.linspace(0, 10, num_rows)), "y": ("row", np.zeros(num_rows))})
+    encoding = {"t": {"chunks": (chunk,)}, "y": {"chunks": (100_000,)}}
+    ds.to_zarr(tmp_path / "rows.zarr", encoding=encoding, consolidated=False)
+    y, t = (column_of(name, open_store(tmp_path / "rows.zarr")[name].variable) for name in "yt")
+    source = GridSource(variables=("t",), x=(t,), y=y, leaf_shape=(100_000,))
+    # All is less than what may be kept beside the last: the array, and a chunk as it is stored.
+    expected = 8 * (num_rows + chunk) if num_chunks else 0
+    assert held_bytes(source, num_threads=1) == expected
+    with mock.patch.object(held, "_MOST_BYTES", 0):
+        assert held_bytes(source, num_threads=1) == 8 * num_chunks * chunk

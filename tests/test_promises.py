@@ -87,6 +87,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_one_that_does():
             reading_bytes=32 * rows,
             kernel_bytes=50 * mebibyte,
             num_threads=2,
+            held_bytes=80 * mebibyte,
             cache_bytes=100 * mebibyte,
         )
 

@@ -31,7 +31,7 @@ from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.marks import fold_marks
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.reading import reading_bytes
+from nlsq_dask.evaluate.reading import held_bytes, reading_bytes
 from nlsq_dask.evaluate.touch import in_touch, is_in_touch
 from nlsq_dask.evaluate.waiting import gather_all, wait_for_all
 from nlsq_dask.evaluate.worker import (
@@ -177,6 +177,7 @@ class ClusterEvaluator:
             reading_bytes=reading_bytes(self._problem.source, self._problem.plan.leaf_bytes),
             kernel_bytes=self._compile_ahead(),
             num_threads=self._num_threads,
+            held_bytes=held_bytes(self._problem.source, self._num_threads),
             cache_bytes=self._cache_bytes + kept // len(self._probes),
         )
         limit = self._memory_limit

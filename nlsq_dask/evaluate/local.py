@@ -15,7 +15,7 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.marks import fold_marks
-from nlsq_dask.evaluate.reading import accelerator, reading_bytes
+from nlsq_dask.evaluate.reading import accelerator, held_bytes, reading_bytes
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.machine import available_memory, num_cpus, total_memory
 from nlsq_dask.plan import MemoryProjection
@@ -148,6 +148,7 @@ class LocalEvaluator:
             reading_bytes=reading_bytes(self.problem.source, self.problem.plan.leaf_bytes),
             kernel_bytes=needed,
             num_threads=self._num_threads,
+            held_bytes=held_bytes(self.problem.source, self._num_threads),
             cache_bytes=self._cache_bytes,
         )
         limit = total_memory()

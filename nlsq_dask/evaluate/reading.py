@@ -19,7 +19,7 @@ from nlsq_dask.errors import DataChangedError
 from nlsq_dask.evaluate.ahead import read_ahead
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, lending
-from nlsq_dask.sources.columns import places_of, transports_of
+from nlsq_dask.sources.columns import places_of, stored_among, transports_of
 from nlsq_dask.sources.grid import GridSource, is_in_memory
 from nlsq_dask.sources.held import Holder, holding
 from nlsq_dask.sources.marks import mark_of
@@ -34,6 +34,7 @@ __all__ = [
     "count_ahead",
     "describe_places",
     "device_room",
+    "held_bytes",
     "reading_bytes",
 ]
 
@@ -87,6 +88,17 @@ def _is_far(source: Source) -> bool:
 def reading_bytes(source: Source, leaf_bytes: int) -> int:
     """Of leaves that are being read or are ready, beside the one that is computed."""
     return count_ahead(source, leaf_bytes) * _COPIES_READING * leaf_bytes
+
+
+def held_bytes(source: Source, num_threads: int) -> int:
+    """Of stored chunks that are much longer than a leaf: decoded, for the leaves to come."""
+    if not isinstance(source, GridSource) or is_in_memory(source):
+        return 0
+    region = source.region(0)
+    return sum(
+        column.held_bytes(tuple(region[dim] for dim in column.dims), num_threads)
+        for column in stored_among(source.columns.values())
+    )
 
 
 class ChunkReader:

@@ -18,7 +18,7 @@ from nlsq_dask.errors import DataError
 from nlsq_dask.require import shown
 from nlsq_dask.sources.base import Column
 from nlsq_dask.sources.buffers import lender
-from nlsq_dask.sources.held import holder
+from nlsq_dask.sources.held import holder, most_held
 from nlsq_dask.sources.rereading import read_in_pieces
 from nlsq_dask.sources.retrying import UNDECODABLE
 from nlsq_dask.sources.transport import (
@@ -158,6 +158,17 @@ class LazyColumn:
         lent = empty(part.shape, part.dtype)
         lent[...] = part
         return lent
+
+    def held_bytes(self, index: Index, num_at_once: int) -> int:
+        """What is kept of chunks where such a rectangle is a small part of them, at most."""
+        around = self._chunks_around(
+            [part.indices(n) for part, n in zip(index, self.shape, strict=True)]
+        )
+        if not around:
+            return 0
+        block = math.prod(last - first for first, last in around)
+        size = self.dtype.itemsize
+        return most_held(size * block, size * math.prod(self.shape), num_at_once)
 
     def _chunks_around(self, ends: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
         """Ends of the whole chunks that a rectangle lies in; none if they are not much larger."""

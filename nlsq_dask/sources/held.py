@@ -18,7 +18,7 @@ import numpy as np
 from nlsq_dask.sources.buffers import lending
 from nlsq_dask.sources.retrying import current_log, reading_log
 
-__all__ = ["HeldBlocks", "Holder", "holder", "holding"]
+__all__ = ["HeldBlocks", "Holder", "holder", "holding", "most_held"]
 
 _MOST_BYTES = 2**26  # beyond the block that was asked for last
 
@@ -34,6 +34,15 @@ class _Block:
     @property
     def nbytes(self) -> int:
         return 0 if self.values is None else self.values.nbytes
+
+
+def most_held(block_bytes: int, array_bytes: int, num_at_once: int) -> int:
+    """Bytes of an array's blocks, those that are kept and so many that are being decoded.
+
+    What is decoded is there as it is stored too, which is no longer than that in general.
+    """
+    decoded = min(_MOST_BYTES + (1 + num_at_once) * block_bytes, array_bytes)
+    return decoded + min(num_at_once * block_bytes, array_bytes)
 
 
 class HeldBlocks:
