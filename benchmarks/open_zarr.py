@@ -19,35 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-import zarr
+from archives import decay, write_archive
 from distributed import Client
 from workers import start_workers
 
 from nlsq_dask import fit_dataset
-
-
-def decay(t, amplitude=1.0, rate=1.0, offset=0.0):
-    return amplitude * jnp.exp(-rate * t) + offset
-
-
-def write_archive(path: Path, num_rows: int, chunk_rows: int, dim: str) -> Path:
-    group = zarr.open_group(path, mode="w", zarr_format=3)
-    arrays = [
-        group.create_array(
-            name, shape=(num_rows,), chunks=(chunk_rows,), dtype="f8", dimension_names=[dim]
-        )
-        for name in ("t", "y")
-    ]
-    for start in range(0, num_rows, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, num_rows))
-        t = 10 * np.arange(rows.start, rows.stop) / num_rows
-        noise = np.random.default_rng([0, start]).normal(size=t.size)
-        arrays[0][rows] = t
-        arrays[1][rows] = 2 * np.exp(-0.5 * t) + 0.1 + 0.1 * noise
-    return path
 
 
 def compare(path: Path, where: str, client: Client | None, repeats: int, limit: float) -> bool:
@@ -81,8 +59,8 @@ def main() -> int:
     how = given.repeats, given.limit
     with tempfile.TemporaryDirectory() as folder:
         archives = [
-            write_archive(Path(folder) / "numbered.zarr", given.rows, given.chunk_rows, "row"),
-            write_archive(Path(folder) / "timed.zarr", given.rows, given.chunk_rows, "t"),
+            write_archive(Path(folder) / f"{name}.zarr", given.rows, given.chunk_rows, dim=dim)
+            for name, dim in (("numbered", "row"), ("timed", "t"))
         ]
         passed = [compare(path, "this process", None, *how) for path in archives]
         with start_workers() as cluster, Client(cluster, set_as_default=False) as client:

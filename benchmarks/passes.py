@@ -19,15 +19,14 @@ import hashlib
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import zarr
+from archives import decay, reading_job, write_archive
 from distributed import Client
 from workers import start_workers
 from zarr.codecs import BloscCodec, ZstdCodec
@@ -38,7 +37,6 @@ from nlsq_dask.evaluate.cluster import ClusterEvaluator
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import LocalEvaluator
 from nlsq_dask.problem import Problem
-from nlsq_dask.sources.buffers import BufferPool, lending
 
 CHUNK_ROWS = 500_000
 TINY_CHUNK_ROWS = 64
@@ -49,35 +47,8 @@ CODECS = {
 }
 
 
-def decay(x, amplitude=2.0, rate=0.5, offset=0.1):
-    return amplitude * jnp.exp(-rate * x) + offset
-
-
 def separable(time, lat, amplitude=2.0, rate=0.5):
     return amplitude * jnp.exp(-rate * time) * lat
-
-
-def write_archive(path: Path, num_rows: int, chunk_rows: int, codec: Any = None) -> Path:
-    group = zarr.open_group(path, mode="w", zarr_format=3)
-    x, y = (
-        group.create_array(
-            name,
-            shape=(num_rows,),
-            chunks=(chunk_rows,),
-            dtype="f8",
-            dimension_names=["row"],
-            compressors=codec,
-        )
-        for name in "xy"
-    )
-    step = chunk_rows * -(-CHUNK_ROWS // chunk_rows)
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        t = np.linspace(10 * rows.start / num_rows, 10 * rows.stop / num_rows, rows.stop - start)
-        noise = np.random.default_rng([0, start]).normal(size=t.size)
-        x[rows] = t
-        y[rows] = np.round(2 * np.exp(-0.5 * t) + 0.1 + 0.1 * noise, 4)
-    return path
 
 
 def prepare(path: Path, model: Callable[..., Any], **options: Any) -> tuple[Problem, Request]:
@@ -118,7 +89,7 @@ def against_floors(folder: Path, num_rows: int, repeats: int) -> None:
     print(f"\npasses over {num_rows:,} rows, chunks of {chunk_rows:,}, one thread")
     print("codec       reading  computing     pass  ratio  free processors")
     for name, codec in CODECS.items():
-        path = write_archive(folder / f"{name}.zarr", num_rows, chunk_rows, codec)
+        path = write_archive(folder / f"{name}.zarr", num_rows, chunk_rows, codec=codec, decimals=4)
         took = least_seconds(jobs_against_floors(*prepare(path, decay)), repeats)
         floor = max(took["reading"], took["computing"])
         print(
@@ -131,18 +102,8 @@ def jobs_against_floors(problem: Problem, request: Request) -> dict[str, Callabl
     leaves = range(problem.source.num_chunks)
     cold = ProblemHome(problem=problem, cache_bytes=0, prefetch=True)
     warm = ProblemHome(problem=problem, cache_bytes=2**62, prefetch=True)
-    pool = BufferPool()
-
-    def read_all() -> None:
-        with lending(pool.empty):
-            deque(map(problem.source.read, leaves), maxlen=0)
-
-    def read_in_a_thread() -> None:  # as passes do
-        with ThreadPoolExecutor(1) as threads:
-            threads.submit(read_all).result()
-
     return {
-        "reading": read_in_a_thread,
+        "reading": reading_job(problem.source),
         "computing": lambda: warm.reduce(leaves, request),
         "pass": lambda: cold.reduce(leaves, request),
         "one": hash_once,
@@ -156,7 +117,8 @@ def on_a_cluster(folder: Path, sizes: list[int], repeats: int) -> None:
     with start_workers() as cluster, Client(cluster) as client:
         for num_leaves in sizes:
             num_rows = num_leaves * TINY_CHUNK_ROWS
-            path = write_archive(folder / f"{num_leaves}.zarr", num_rows, TINY_CHUNK_ROWS)
+            path = folder / f"{num_leaves}.zarr"
+            write_archive(path, num_rows, TINY_CHUNK_ROWS, codec=None, decimals=4)
             problem, request = prepare(path, decay, chunk_size=TINY_CHUNK_ROWS)
             assert problem.source.num_chunks == num_leaves
             jobs, busiest = jobs_on_a_cluster(problem, request, client)
@@ -189,7 +151,8 @@ def by_rows(folder: Path, sizes: list[int], repeats: int) -> None:
     print("\nseconds per pass, raw, one thread, nothing cached")
     seconds = []
     for num_rows in sizes:
-        path = write_archive(folder / f"rows-{num_rows}.zarr", num_rows, CHUNK_ROWS)
+        path = folder / f"rows-{num_rows}.zarr"
+        write_archive(path, num_rows, CHUNK_ROWS, codec=None, decimals=4)
         problem, request = prepare(path, decay)
         home = ProblemHome(problem=problem, cache_bytes=0, prefetch=True)
         a_pass = functools.partial(home.reduce, range(problem.source.num_chunks), request)

@@ -7,6 +7,7 @@ from typing import Any
 
 import cases
 import jax
+from archives import reading_job
 from synthetic import build_problem, build_request
 
 from nlsq_dask.config import HybridStreamingConfig
@@ -28,7 +29,7 @@ def test_pass_over_archive(
     leaves = range(problem.source.num_chunks)
     seconds = compare(
         both=lambda: evaluator.evaluate(request),
-        reading=lambda: [problem.source.read(leaf).nbytes for leaf in leaves],
+        reading=reading_job(problem.source),
         computing=lambda: kept.reduce(leaves, request),
     )
     floor = max(seconds["reading"], seconds["computing"])
