@@ -163,7 +163,7 @@ def run_peer(peer: Peer, data: Data, limits: Limits) -> tuple[Run, list[float]]:
         import_seconds=ready["import_seconds"] if ready else None,
         base_bytes=base or None,
         peak_bytes=peak or None,
-        own_peak_bytes=done.get("resident_bytes", {}).get("own"),
+        own_peak_bytes=done.get("resident_bytes"),
         num_passes=done.get("num_passes"),
         pass_seconds=tuple(done.get("pass_seconds", ())),
     )

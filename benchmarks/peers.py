@@ -282,12 +282,10 @@ def speak(stream: Any, **message: Any) -> None:
     print(json.dumps(message), file=stream, flush=True)
 
 
-def largest_resident_bytes() -> dict[str, int]:
-    """Of this process, and of the largest of its children that have ended."""
+def largest_resident_bytes() -> int:
+    """Of this process, at any time."""
     scale = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {"own": scale * own, "largest_child": scale * children}
+    return scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +13,11 @@ from typing import Any
 
 import cloudpickle
 
-__all__ = ["pickled_by_value"]
+__all__ = ["module_by_value", "pickled_by_value"]
 
 _PACKAGE_FOLDER = Path(__file__).parent
 _INSTALLED = ("stdlib", "purelib", "platlib")
+_REGISTRY = threading.RLock()  # of cloudpickle, which all threads have in common
 
 
 def _is_users_own(module: ModuleType) -> bool:
@@ -37,12 +39,22 @@ def pickled_by_value(function: Any) -> Iterator[None]:
     The user's own modules are not on the workers; installed packages are, and go by name.
     """
     module = inspect.getmodule(function) if function is not None else None
-    already = cloudpickle.list_registry_pickle_by_value()
-    if module is None or module.__name__ in already or not _is_users_own(module):
+    if module is None or not _is_users_own(module):
         yield
         return
-    cloudpickle.register_pickle_by_value(module)
-    try:
+    with module_by_value(module):
         yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+
+
+@contextlib.contextmanager
+def module_by_value(module: ModuleType) -> Iterator[None]:
+    """Pickle what is of a module by value; other threads wait until it goes by name again."""
+    with _REGISTRY:
+        if module.__name__ in cloudpickle.list_registry_pickle_by_value():
+            yield
+            return
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)

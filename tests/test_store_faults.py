@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,9 @@ from nlsq_dask.errors import (
     DataChangedError,
     StoreDamagedError,
     StoreLockedError,
+    StoreNotFoundError,
     StoreUnreachableError,
+    WorkerError,
 )
 from nlsq_dask.evaluate import cluster
 from nlsq_dask.evaluate.marks import add_marks, differing_leaves, fold_marks
@@ -594,6 +597,53 @@ def test_a_missing_chunk_is_its_fill_value_and_reported(way, folder, tmp_path, r
     assert result.diagnostics["store"]["missing_chunks"] == 3
     assert "y/c/11" in result.diagnostics["store"]["first_missing"]
     assert "3 chunk(s), 't/c/2' for one, are not in the store" in result.summary()
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("where", ["here", "cluster"])
+def test_a_store_that_is_out_of_sight_is_not_taken_for_missing_chunks(
+    zarr_format, where, tmp_path, request
+):
+    """A disk that is not mounted, or a folder that was moved: every chunk would be a fill value."""
+    path = write(tmp_path / "a.zarr", zarr_format=zarr_format)
+    client = request.getfixturevalue("client") if where == "cluster" else None
+    ds = xr.open_zarr(path)
+    path.rename(tmp_path / "moved.zarr")
+    error = WorkerError if client else StoreNotFoundError
+    message = "readable from every worker" if client else "every worker has that disk"
+    with pytest.raises(error, match=message):
+        fit(ds, client=client)
+    shutil.copytree(tmp_path / "moved.zarr", path)
+
+    def move(record) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    with pytest.raises(StoreNotFoundError, match=r"there while it is read.*in chunk"):
+        fit(path, client=client, callback=move, config=NOT_KEPT)
+
+
+def test_metadata_may_be_consolidated_alone(tmp_path, folder):
+    path = write(tmp_path / "a.zarr", zarr_format=2, consolidated=True)
+    for name in ("t/.zarray", "y/.zarray", "y/3"):
+        (path / name).unlink()
+    result = fit(xr.open_zarr(path, consolidated=True))
+    assert result.success
+    assert result.diagnostics["store"]["first_missing"] == ["y/3"]
+
+
+def test_a_zip_file_is_read_by_its_path(tmp_path, folder, expected, client):
+    """And one that is damaged says so, and where."""
+    path = Path(shutil.make_archive(str(tmp_path / "a"), "zip", folder / "checked.zarr"))
+    for where in (None, client):
+        assert fit(path, client=where).popt.tobytes() == expected.popt.tobytes()
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("y/c/3").header_offset + 200
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 255
+    path.write_bytes(damaged)
+    for where in (None, client):
+        with pytest.raises(StoreDamagedError, match=r"'y' of .*a\.zip.* cannot be decoded"):
+            fit(path, client=where)
 
 
 def test_nothing_is_said_of_a_whole_store(expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import pytest
 import xarray as xr
 import zarr
 from numcodecs import blosc
+from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 from zarr.core.codec_pipeline import BatchedCodecPipeline
+from zarr.registry import register_codec
 from zarr.storage import LocalStore
 
 from nlsq_dask.errors import StoreDamagedError
 from nlsq_dask.sources import straight as module
+from nlsq_dask.sources import watched
 from nlsq_dask.sources.buffers import aligned_empty, lending
 from nlsq_dask.sources.columns import LazyColumn
 from nlsq_dask.sources.retrying import UNDECODABLE, reading_log
-from nlsq_dask.sources.straight import StraightPipeline, straight
+from nlsq_dask.sources.straight import StraightPipeline, checked, straight
 from nlsq_dask.sources.xarray import column_of
 
 VALUES = np.round(np.random.default_rng(0).normal(size=(60, 40)), 2)
@@ -167,12 +171,33 @@ def test_what_is_no_frame_is_refused(tmp_path, harm):
         column(tmp_path / "a.zarr").read((slice(7, 14), slice(0, 40)))
 
 
+FRAMES = {
+    "format 3": {"compressors": LZ4},
+    "big-endian": {"compressors": LZ4, "serializer": BytesCodec(endian="big")},
+    "transposed": {"compressors": LZ4, "filters": [TransposeCodec(order=(1, 0))]},
+    "format 2": {"compressors": OLD_LZ4, "zarr_format": 2},
+    "format 2 in Fortran's order": {"compressors": OLD_LZ4, "zarr_format": 2, "order": "F"},
+    "format 2, filtered": {
+        "compressors": OLD_LZ4,
+        "zarr_format": 2,
+        "filters": [numcodecs.Delta("<f8")],
+    },
+}
+
+
 @pytest.mark.parametrize("num_bytes", [1, 15, 16, 100, -1])
 @pytest.mark.parametrize("rectangle", ["one chunk", "across chunks"])
-def test_a_frame_that_is_cut_short_is_not_read_beyond_its_end(tmp_path, num_bytes, rectangle):
+@pytest.mark.parametrize("frames", FRAMES)
+@pytest.mark.parametrize("comes_at_once", [True, False])
+def test_a_frame_that_is_cut_short_is_not_read_beyond_its_end(
+    tmp_path, num_bytes, rectangle, frames, comes_at_once, monkeypatch
+):
     """Blosc would: it is not told how long a frame is."""
-    write(tmp_path / "a.zarr", "blosc")
-    path = tmp_path / "a.zarr" / "y" / "c" / "1" / "0"
+    monkeypatch.setattr(watched, "comes_at_once", lambda transport: comes_at_once)
+    monkeypatch.setitem(FORMATS, frames, (FRAMES[frames], True))
+    write(tmp_path / "a.zarr", frames)
+    name = "1.0" if frames.startswith("format 2") else "c/1/0"
+    path = tmp_path / "a.zarr" / "y" / name
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(StoreDamagedError, match=r"cut short: \S+ bytes of a frame of Blosc's"):
         column(tmp_path / "a.zarr").read(RECTANGLES[rectangle])
@@ -190,9 +215,44 @@ def test_missing_chunks_are_filled_and_noted(tmp_path, name):
     assert log.missing == {key}
 
 
+@dataclass(frozen=True)
+class Flip(BytesBytesCodec):
+    """Decodes many at a time, as Zarr asks for it, and none alone."""
+
+    is_fixed_size = True
+
+    @classmethod
+    def from_dict(cls, data):
+        return cls()
+
+    def to_dict(self):
+        return {"name": "flip", "configuration": {}}
+
+    def compute_encoded_size(self, input_byte_length, _chunk_spec):
+        return input_byte_length
+
+    async def decode(self, chunks_and_specs):
+        return [
+            None
+            if chunk is None
+            else spec.prototype.buffer.from_array_like(~chunk.as_numpy_array())
+            for chunk, spec in chunks_and_specs
+        ]
+
+    encode = decode
+
+
+def test_a_codec_may_decode_in_a_way_of_its_own(tmp_path):
+    register_codec("flip", Flip)
+    array = write(tmp_path / "a.zarr", "raw", compressors=[Flip()])
+    read = column(tmp_path / "a.zarr").read((slice(5, 23), slice(0, 40)))
+    np.testing.assert_array_equal(read, array[5:23])
+
+
 def test_only_the_pipeline_that_zarr_comes_with_is_replaced(tmp_path):
     array = write(tmp_path / "a.zarr", "blosc").async_array
-    again = straight(array)
+    assert straight(array) is array
+    again = straight(checked(array))
     assert type(again.codec_pipeline) is StraightPipeline
     assert type(array.codec_pipeline) is BatchedCodecPipeline
     assert (again.store_path, again.metadata) == (array.store_path, array.metadata)

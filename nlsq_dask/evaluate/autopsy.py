@@ -21,6 +21,8 @@ from nlsq_dask.evaluate.worker import HomeSpec
 __all__ = ["find_deadly", "spans_of"]
 
 _READ_SECONDS = 60.0
+_RAISED = 1  # the status of a Python that an exception has ended: of such a worker lives
+_TOO_LARGE = 3  # but not of this one
 _WAIT_SECONDS = 90.0  # for a worker, too
 
 
@@ -71,7 +73,7 @@ def _first_deadly(spec: HomeSpec, leaves: Sequence[int]) -> int | None:
             child.kill()
             return None
     read = told.split()
-    return int(read[-1]) if read and child.returncode != 0 else None
+    return int(read[-1]) if read and child.returncode not in (0, _RAISED) else None
 
 
 def _read_in_turn() -> None:
@@ -85,4 +87,7 @@ def _read_in_turn() -> None:
     for leaf in leaves:
         sys.stdout.write(f"{leaf}\n")
         sys.stdout.flush()
-        source.read(leaf)
+        try:
+            source.read(leaf)
+        except MemoryError:
+            sys.exit(_TOO_LARGE)

@@ -14,6 +14,8 @@ import cloudpickle
 import distributed
 from distributed.diagnostics.plugin import SchedulerPlugin
 
+from nlsq_dask.by_value import module_by_value
+
 __all__ = ["end_with_client"]
 
 
@@ -35,6 +37,16 @@ class _Departure(SchedulerPlugin):
             await scheduler.unregister_worker_plugin(None, self._name)
 
 
+class _Sent(SchedulerPlugin):
+    """Arrives as what was pickled before: the client's own thread pickles it at some time."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cloudpickle.loads, (self._payload,)
+
+
 def end_with_client(client: distributed.Client, name: str) -> None:
     """Have the scheduler unregister the worker plugin `name` when the client is gone.
 
@@ -43,11 +55,8 @@ def end_with_client(client: distributed.Client, name: str) -> None:
     OSError
         If the scheduler does not answer.
     """
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        # A scheduler may be set not to unpickle anything; it keeps the problem, then.
-        with contextlib.suppress(ValueError):
-            client.register_plugin(_Departure(client.id, name), name=name)
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+    with module_by_value(sys.modules[__name__]):
+        payload = cloudpickle.dumps(_Departure(client.id, name))
+    # A scheduler may be set not to unpickle anything; it keeps the problem, then.
+    with contextlib.suppress(ValueError):
+        client.register_plugin(_Sent(payload), name=name)

@@ -27,9 +27,11 @@ def require_reach(client: Any, url: str, storage_options: Mapping[str, Any]) -> 
     with fsspec.open(probe, "wt", **storage_options) as file:
         file.write(written)
     options = dict(storage_options)
-    answers: dict[str, Any] = client.run(_read_text, probe, options, on_error="return")
-    fs, path = fsspec.core.url_to_fs(probe, **options)
-    fs.rm(path)
+    try:
+        answers: dict[str, Any] = client.run(_read_text, probe, options, on_error="return")
+    finally:
+        fs, path = fsspec.core.url_to_fs(probe, **options)
+        fs.rm(path)
     for address, answer in answers.items():
         if answer == written:
             continue

@@ -11,6 +11,7 @@ import lzma
 import random
 import struct
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ _PATIENCE_SECONDS = 20.0  # after which nothing is begun again
 # What codecs, checksums and decoding raise; there is no common ancestor.
 UNDECODABLE = (
     *(ValueError, ArithmeticError, IndexError, EOFError, RuntimeError, struct.error),
-    *(zlib.error, lzma.LZMAError, StoreDamagedError),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, StoreDamagedError),
 )
 
 

@@ -47,6 +47,7 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
     context = contextvars.copy_context()
     with ExitStack() as unless_used_again:
         unless_used_again.callback(runner.close)  # with what a failed coroutine left undone
+        unless_used_again.callback(events._set_running_loop, None)  # before that
         events._set_running_loop(runner.get_loop())
         try:
             awaited = context.run(coroutine.send, None)
@@ -55,8 +56,7 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
         else:  # it does wait
             events._set_running_loop(None)
             result = runner.run(_go_on(coroutine, awaited), context=context)
-        finally:
-            events._set_running_loop(None)
+        events._set_running_loop(None)
         if len(_IDLE) < _MOST_IDLE:
             unless_used_again.pop_all()
             _IDLE.append(runner)

@@ -8,6 +8,7 @@ import json
 import os
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import fsspec
 import h5py
 import xarray as xr
 from zarr.abc.store import Store as ZarrStore
+from zarr.storage import ZipStore
 
 from nlsq_dask.errors import StoreDeniedError, StoreNotFoundError
 from nlsq_dask.require import shown
@@ -81,9 +83,11 @@ def open_store(
             f"`storage_options` must go with a URL, got the local path {path!r} and options "
             f"{sorted(storage_options)}"
         )
-    if Path(path).is_file() and not path.endswith(".zip"):
-        return _open_hdf5(path, asked)
-    return _open_zarr(path, None, asked)
+    if not Path(path).is_file():
+        return _open_zarr(path, None, asked)
+    if zipfile.is_zipfile(path):
+        return _open_zarr(ZipStore(path, mode="r"), None, asked)
+    return _open_hdf5(path, asked)
 
 
 def open_group_of(array: Any) -> xr.Dataset:
@@ -163,7 +167,7 @@ def _open_zarr(store: Any, options: Mapping[str, Any] | None, asked: _Asked) -> 
         # Who may not list is denied what does not exist, and so the other format's metadata.
         for zarr_format in (3, 2):
             with contextlib.suppress(StoreDeniedError, StoreNotFoundError):
-                return _open_group(store, options, asked, zarr_format)
+                return _with_variables(_open_group(store, options, asked, zarr_format), asked)
         raise
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numcodecs import blosc
+from zarr.abc.codec import BaseCodec
 from zarr.codecs import BloscCodec, BytesCodec
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
 
-__all__ = ["StraightPipeline", "straight"]
+__all__ = ["CheckedPipeline", "StraightPipeline", "checked", "straight"]
 
 _HEADER_BYTES = 16
 
@@ -30,17 +31,61 @@ _HEADER_BYTES = 16
 _Piece: TypeAlias = "tuple[ByteGetter, ArraySpec, Any, Any, bool]"
 
 
+def checked(array: AsyncArray[Any]) -> AsyncArray[Any]:
+    """The same array, which refuses frames of Blosc's that are cut short."""
+    return _with_pipeline(array, BatchedCodecPipeline, CheckedPipeline)
+
+
 def straight(array: AsyncArray[Any]) -> AsyncArray[Any]:
-    """The same array, read so; as it is where its pipeline is not the one that Zarr comes with."""
+    """One that is `checked`, read so; as it is where a codec decodes in a way of its own."""
+    pipeline: Any = array.codec_pipeline
+    if type(pipeline) is CheckedPipeline and any(
+        type(codec).decode is not BaseCodec.decode for codec in pipeline
+    ):
+        return array
+    return _with_pipeline(array, CheckedPipeline, StraightPipeline)
+
+
+def _with_pipeline(
+    array: AsyncArray[Any],
+    given: type[BatchedCodecPipeline],
+    wanted: type[BatchedCodecPipeline],
+) -> AsyncArray[Any]:
+    """A copy that decodes by another pipeline; the array where it is not the one expected."""
     pipeline = array.codec_pipeline
-    if type(pipeline) is not BatchedCodecPipeline:
+    if type(pipeline) is not given:  # configured by the user: Rust's, say
         return array
     again = copy.copy(array)
-    object.__setattr__(again, "codec_pipeline", StraightPipeline(**vars(pipeline)))
+    object.__setattr__(again, "codec_pipeline", wanted(**vars(pipeline)))
     return again
 
 
-class StraightPipeline(BatchedCodecPipeline):
+class CheckedPipeline(BatchedCodecPipeline):
+    """Blosc is not told how long a frame is, and would read on in memory beyond it."""
+
+    async def decode_batch(
+        self, chunk_bytes_and_specs: Iterable[tuple[Buffer | None, ArraySpec]]
+    ) -> Iterable[NDBuffer | None]:
+        batch = list(chunk_bytes_and_specs)
+        for encoded, _ in batch:
+            if encoded is not None:
+                self._require_whole(encoded)
+        return await super().decode_batch(batch)
+
+    def _require_whole(self, encoded: Buffer) -> None:
+        if self._ends_in_blosc:
+            _unpacked_bytes(encoded.as_numpy_array())
+
+    @property
+    def _ends_in_blosc(self) -> bool:
+        """Whether Blosc made of a chunk what is stored; what comes after it would tell itself."""
+        numbers: Any = self.array_bytes_codec
+        if self.bytes_bytes_codecs:
+            return isinstance(self.bytes_bytes_codecs[-1], BloscCodec)
+        return hasattr(numbers, "compressor") and isinstance(numbers.compressor, blosc.Blosc)
+
+
+class StraightPipeline(CheckedPipeline):
     """Zarr's codecs in turn; a whole chunk of Blosc's is decoded to where it is wanted."""
 
     async def read(
@@ -55,7 +100,9 @@ class StraightPipeline(BatchedCodecPipeline):
             missing.append(encoded is None)
             if encoded is None:
                 await super().read([piece], out)  # what stands for it is Zarr's to say
-            elif not self._unpack_into(out, wanted, encoded, spec):
+                continue
+            self._require_whole(encoded)
+            if not self._unpack_into(out, wanted, encoded, spec):
                 out[wanted] = (await self._decode(encoded, spec))[chosen]
         # From Zarr 3.2 on it is asked for.
         return tuple({"status": "missing" if gone else "present"} for gone in missing)

@@ -87,7 +87,10 @@ def transport_of(backend: Any) -> str:
 
 def transport_of_store(store: Any) -> str:
     """Which library reads a store of Zarr's."""
-    name = type(unwatched(store)).__name__
+    kind = type(unwatched(store))
+    name = kind.__name__
+    if name in _ON_THIS_MACHINE and not kind.__module__.startswith("zarr."):
+        name = f"{kind.__module__}.{name}"  # of which only the name is known
     return {"ObjectStore": "obstore", "FsspecStore": "fsspec"}.get(name, name)
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from typing import Any
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, Self
 
 import xarray as xr
 import zarr
@@ -19,14 +22,16 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
 from zarr.storage import StorePath, WrapperStore
 
+from nlsq_dask.errors import StoreNotFoundError
 from nlsq_dask.sources.buffers import lender
 from nlsq_dask.sources.retrying import current_log, pauses
 from nlsq_dask.sources.staying import can_stay, run_here
-from nlsq_dask.sources.straight import straight
+from nlsq_dask.sources.straight import checked, straight
 from nlsq_dask.sources.transport import (
     comes_at_once,
     is_transient,
     reason_of,
+    redacted,
     transport_errors,
     transport_of_store,
 )
@@ -35,9 +40,26 @@ __all__ = ["WatchedStore", "watched"]
 
 _LOGGER = logging.getLogger("nlsq_dask")
 
+_SIGHT_SECONDS = 1.0  # for which an array that was seen from afar is not looked for again
+
 
 class WatchedStore(WrapperStore[ZarrStore]):
-    """Tries again what the store's own library does not, and logs the keys that are missing."""
+    """Tries again what the store's own library does not, and logs the keys that are missing.
+
+    Missing they are only where the array is there: of a disk that this machine does not have, or
+    of a folder that was moved, nothing is, and all would be fill values.
+    """
+
+    def __init__(self, store: ZarrStore, path: str) -> None:
+        super().__init__(store)
+        self._path = path  # of the array that is read
+        self._seen_at = -math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_seen_at": -math.inf}  # another machine has another clock
+
+    def _with_store(self, store: ZarrStore) -> Self:
+        return type(self)(store, self._path)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -56,9 +78,32 @@ class WatchedStore(WrapperStore[ZarrStore]):
                 _LOGGER.info("Reading %r failed (%s); trying again.", key, reason)
             else:
                 if found is None:
+                    await self._require_sight(key, prototype)
                     current_log().missing.add(key)
                 return found
             await asyncio.sleep(wait)
+
+    async def _require_sight(self, missing: str, prototype: BufferPrototype) -> None:
+        is_far = not comes_at_once(transport_of_store(self._store))
+        if is_far and time.monotonic() - self._seen_at < _SIGHT_SECONDS:
+            return
+        for name in _metadata_around(self._path):
+            if await self._store.get(name, prototype) is not None:
+                self._seen_at = time.monotonic()
+                return
+        raise StoreNotFoundError(
+            f"`ds` must be there while it is read, and of {self._path!r} of "
+            f"{redacted(self._store)} neither {missing!r} is nor what describes the array; see "
+            "that every worker has that disk, by the same path, and that nobody moved it"
+        )
+
+
+def _metadata_around(path: str) -> Iterator[str]:
+    """Keys of what describes an array: its own, or consolidated, of a group that it is in."""
+    yield from (f"{path}/{name}".lstrip("/") for name in ("zarr.json", ".zarray"))
+    while path:
+        path = path.rpartition("/")[0]
+        yield from (f"{path}/{name}".lstrip("/") for name in (".zmetadata", "zarr.json"))
 
 
 class LentArray(zarr.Array[Any]):
@@ -114,9 +159,10 @@ def _watching(given: Any) -> Any:
     array = given._array._async_array
     if isinstance(array.store_path.store, WatchedStore):
         return given
-    watching = copy.copy(array)
-    path = StorePath(WatchedStore(array.store_path.store), array.store_path.path)
-    object.__setattr__(watching, "store_path", path)  # frozen, as are arrays of Zarr's
+    watching = copy.copy(checked(array))
+    path = array.store_path.path
+    store = StorePath(WatchedStore(array.store_path.store, path), path)
+    object.__setattr__(watching, "store_path", store)  # frozen, as are arrays of Zarr's
     backend = copy.copy(given)
     backend._array = LentArray(watching)
     return backend
