@@ -13,6 +13,7 @@ import xarray as xr
 
 import problems
 from nlsq_dask import Chunk, HybridStreamingConfig, Status, fit_dataset
+from nlsq_dask.errors import DataError
 from nlsq_dask.sources.xarray import DatasetRoles, build_dataset_source
 
 RNG = np.random.default_rng(5)
@@ -206,6 +207,66 @@ def test_cftime_is_cftimes_numbers(calendar, units):
     np.testing.assert_allclose(numbers[present], expected, rtol=1e-13)
     assert np.isnan(numbers[2])
     assert cftime.num2date(0, said, calendar=calendar) is not None
+
+
+PLAIN = {"consolidated": False}
+
+
+@pytest.mark.filterwarnings("ignore:Unable to decode time axis")
+@pytest.mark.parametrize(
+    ("first_year", "is_index", "time_units", "where"),
+    [
+        (1500, True, None, "here"),
+        (1600, False, None, "here"),
+        (2200, True, None, "here"),
+        (1600, True, "days since 1950-06-01", "here"),
+        pytest.param(2200, False, "days since 1950-06-01", "cluster", marks=pytest.mark.cluster),
+    ],
+)
+def test_times_beyond_the_range_of_nanoseconds(
+    first_year, is_index, time_units, where, tmp_path, request
+):
+    """Of them xarray makes datetime64 of one block, and cftime's objects of the next."""
+    days = 50 * np.arange(6_000)
+    time = xr.Variable(
+        "time", days, {"units": f"days since {first_year}-01-01", "calendar": "standard"}
+    )
+    y = 3 + 1e-5 * days + 0.1 * RNG.normal(size=days.size)
+    ds = xr.Dataset({"y": ("time", y)}).assign_coords({"time" if is_index else "when": time})
+    ds.to_zarr(
+        tmp_path / "a.zarr",
+        encoding={name: {"chunks": (1_000,)} for name in ds.variables},
+        **PLAIN,
+    )
+    model = line_of("time" if is_index else "when")
+    options = {
+        "y": "y",
+        "time_units": time_units,
+        "config": HybridStreamingConfig(chunk_size=1_000),
+    }
+    fits = [
+        fit_dataset(tmp_path / "a.zarr", model, **options),
+        fit_dataset(xr.open_zarr(tmp_path / "a.zarr", **PLAIN), model, **options),
+    ]
+    numbers = days.astype(float)
+    if time_units:
+        first = cftime.datetime(first_year, 1, 1, calendar="standard")
+        numbers = days + cftime.date2num(first, time_units, calendar="standard")
+    for result in fits:
+        assert_fits(result, linear_oracle([numbers, 1.0], y), num_rows=days.size)
+
+
+def line_of(variable):
+    return {"time": lambda time, a, b: a * time + b, "when": lambda when, a, b: a * when + b}[
+        variable
+    ]
+
+
+def test_times_of_two_calendars_are_refused(tmp_path):
+    times = np.array([cftime.DatetimeNoLeap(2000, 1, 1), cftime.Datetime360Day(2000, 1, 2)])
+    ds = xr.Dataset({"y": ("r", np.arange(2.0))}, coords={"when": ("r", times)})
+    with pytest.raises(DataError, match=r"times of one calendar, .* got \['360_day', 'noleap'\]"):
+        fit_dataset(ds, lambda when, a: a * when, y="y", p0=[1.0])
 
 
 def test_durations_are_in_days_or_the_unit_asked_for():

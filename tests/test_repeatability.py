@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,27 @@ def test_same_bits_for_any_number_of_workers(num_workers, threads, store, expect
 
 
 @pytest.mark.cluster
+@pytest.mark.cluster
+# Python's filters of warnings are those of all threads: what one ignores another may show.
+@pytest.mark.filterwarnings("ignore:Failed to open Zarr store")
+def test_same_bits_from_fits_beside_each_other(store, expected, client, tmp_path, monkeypatch):
+    """From threads of one process on one cluster, of a model that travels by value."""
+    (tmp_path / "models_beside.py").write_text(
+        "import jax.numpy as jnp\n\n"
+        "def decay(t, amplitude, rate, offset):\n"
+        "    return amplitude * jnp.exp(-rate * t) + offset\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    decay = importlib.import_module("models_beside").decay
+
+    def fit_once(_):
+        return fit_dataset(store, decay, y="y", p0=problems.P0, client=client)
+
+    with ThreadPoolExecutor(6) as threads:
+        for result in threads.map(fit_once, range(12)):
+            assert_same_bits(result, expected)
+
+
 def test_same_bits_on_worker_threads_of_this_process(store, expected):
     with start_cluster(2, processes=False) as cluster, Client(cluster) as client:
         assert_same_bits(fit(store, client=client), expected)

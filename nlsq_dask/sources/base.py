@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_TIMES = {"M", "O"}  # of which xarray decodes each block of an array by itself
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -107,7 +110,8 @@ def plain_block(block: object, dtype: np.dtype) -> np.ndarray:
         If it is masked, or of another kind of number: that would lose an imaginary part.
     """
     array = np.asarray(block)
-    if array.dtype.kind != dtype.kind or np.ma.is_masked(block):
+    is_alike = array.dtype.kind == dtype.kind or {array.dtype.kind, dtype.kind} == _TIMES
+    if not is_alike or np.ma.is_masked(block):
         raise DataError(
             f"`ds` must have Dask arrays whose blocks are as they declare, plain and of {dtype}, "
             f"got a block of {array.dtype}{' with a mask' if np.ma.is_masked(block) else ''}"

@@ -240,11 +240,15 @@ class TimeAxis:
         return f"{self.unit} since {origin.isoformat()}"
 
     def to_numbers(self, values: np.ndarray) -> np.ndarray:
-        """Times as float64, NaN where there is none."""
+        """Times as float64, NaN where there is none.
+
+        Of a standard calendar, those that datetime64 has may come as it or as cftime's objects,
+        whatever the origin is: xarray decides that for each block.
+        """
         if values.dtype.kind in "mM":
             days, rest = _days_and_rest(values)
             if self.origin is not None:
-                first, rest_of_first = _days_and_rest(self.origin)
+                first, rest_of_first = self._days_and_rest_of_origin()
                 days, rest = days - first, rest - rest_of_first
             unit = _NANOSECONDS[self.unit]
             return np.asarray(days * (_NANOSECONDS["days"] / unit) + rest / unit, np.float64)
@@ -252,14 +256,40 @@ class TimeAxis:
         numbers = np.full(values.size, np.nan)
         present = values.ravel()[~missing]
         if present.size:
-            calendars = {time.calendar for time in present}
-            if calendars != {self.calendar}:
-                raise DataError(
-                    f"`ds` must have times of one calendar, {self.calendar!r} as the first is, "
-                    f"got {sorted(map(str, calendars))}"
-                )
-            numbers[~missing] = cftime.date2num(present, self.units, calendar=self.calendar)
+            numbers[~missing] = self._numbers_of_objects(present)
         return numbers.reshape(values.shape)
+
+    def _numbers_of_objects(self, times: np.ndarray) -> Any:
+        strange = {type(time).__name__ for time in times if not isinstance(time, cftime.datetime)}
+        if strange:
+            raise DataError(f"`ds` must have times of one kind, got objects of types {strange}")
+        calendar, *others = {time.calendar for time in times}
+        if not others and calendar == self.calendar:
+            return cftime.date2num(times, self.units, calendar=calendar)
+        if others or self.calendar is not None or calendar not in _STANDARD:
+            raise DataError(
+                f"`ds` must have times of one calendar, {self.calendar or 'standard'!r} as the "
+                f"first is, got {sorted(map(str, [calendar, *others]))}"
+            )
+        first, rest = self._days_and_rest_of_origin()
+        origin = int(first) * _MICROSECONDS_A_DAY + round(rest / 1e3)
+        return (_microseconds(times, calendar) - origin) / (_NANOSECONDS[self.unit] / 1e3)
+
+    def _days_and_rest_of_origin(self) -> tuple[Any, Any]:
+        if isinstance(self.origin, np.datetime64):
+            return _days_and_rest(self.origin)
+        if self.calendar not in _STANDARD:
+            raise DataError(
+                f"`ds` must have times of one calendar, {self.calendar!r} as the first is, "
+                "got numpy.datetime64"
+            )
+        days, rest = divmod(int(_microseconds(self.origin, self.calendar)), _MICROSECONDS_A_DAY)
+        return days, 1e3 * rest
+
+
+def _microseconds(times: Any, calendar: str) -> Any:
+    """Of cftime's objects, from the day on that datetime64 counts from; whole numbers."""
+    return cftime.date2num(times, "microseconds since 1970-01-01", calendar=calendar)
 
 
 def _days_and_rest(times: Any) -> tuple[Any, Any]:
@@ -270,6 +300,9 @@ def _days_and_rest(times: Any) -> tuple[Any, Any]:
     return days / np.timedelta64(1, "D"), (times - whole) / np.timedelta64(1, "ns")
 
 
+_MICROSECONDS_A_DAY = 86_400 * 10**6
+# Those of which xarray makes datetime64 where it can.
+_STANDARD = ("standard", "gregorian", "proleptic_gregorian")
 _NANOSECONDS = {
     "days": 86_400e9,
     "hours": 3_600e9,
