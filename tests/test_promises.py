@@ -96,3 +96,17 @@ def test_a_plan_that_does_not_fit_is_refused_with_one_that_does():
     rows = int(re.search(r"<= ([\d,]+)", str(raised.value))[1].replace(",", ""))
     projection(rows).require_within(limit_bytes, rows)
     assert projection(rows).total_bytes > 0.99 * limit_bytes
+
+
+def test_a_plan_that_chunks_of_the_store_do_not_leave_room_for_says_so():
+    projection = MemoryProjection(
+        base_bytes=2**28,
+        leaf_bytes=2**24,
+        reading_bytes=2**25,
+        kernel_bytes=2**20,
+        num_threads=2,
+        held_bytes=2**31,
+        cache_bytes=0,
+    )
+    with pytest.raises(MemoryProjectionError, match="2,048 MiB of it are whole chunks of the st"):
+        projection.require_within(2**30, 2**20)

@@ -31,6 +31,7 @@ from nlsq_dask.errors import (
     CheckpointError,
     DataChangedError,
     StoreDamagedError,
+    StoreDeniedError,
     StoreLockedError,
     StoreNotFoundError,
     StoreUnreachableError,
@@ -43,6 +44,7 @@ from nlsq_dask.sources.marks import mark_of
 from nlsq_dask.sources.rereading import read_in_pieces
 from nlsq_dask.sources.retrying import reading_log
 from nlsq_dask.sources.stores import open_store
+from nlsq_dask.sources.transport import reported
 from nlsq_dask.sources.xarray import column_of
 
 NUM_ROWS, CHUNK_ROWS = 120_000, 10_000
@@ -620,6 +622,29 @@ def test_a_store_that_is_out_of_sight_is_not_taken_for_missing_chunks(
 
     with pytest.raises(StoreNotFoundError, match=r"there while it is read.*in chunk"):
         fit(path, client=client, callback=move, config=NOT_KEPT)
+
+
+def test_an_array_that_was_removed_is_not_taken_for_missing_chunks(tmp_path):
+    path = write(tmp_path / "a.zarr", zarr_format=3, consolidated=False)
+
+    def remove(record) -> None:
+        shutil.rmtree(path / "y", ignore_errors=True)
+
+    with pytest.raises(StoreNotFoundError, match=r"'y' of .* nor what describes the array"):
+        fit(path, callback=remove)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(13, "Permission denied", "/a/zarr.json"), "enter its folders"),
+        (PermissionError("Access Denied"), "give credentials by `storage_options`"),
+    ],
+)
+def test_who_is_denied_hears_by_whom(error, remedy):
+    """The one has a file's name, as the system says it; the other is a service's answer."""
+    with pytest.raises(StoreDeniedError, match=remedy), reported("'/a'"):
+        raise error
 
 
 def test_metadata_may_be_consolidated_alone(tmp_path, folder):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from nlsq_dask._typing import Shape
-from nlsq_dask.evaluate.tree import Bin
+from nlsq_dask.evaluate.tree import Bin, bin_parts
 from nlsq_dask.normal_equations import Sums
 
 __all__ = ["Layout", "PackedSums"]
@@ -42,14 +42,8 @@ class Layout:
             for vector in range(len(dtypes))
         ]
         where: Any = jax.tree.unflatten(self._tree, slots)
-        rows = where.rows
-        self._bin: list[_Slot] = [
-            where.normal.num_rows,
-            rows.num_masked,
-            rows.residual_sum,
-            rows.residual_square,
-        ]
-        self._refused: list[_Slot] = [rows.num_bad_sigma, rows.num_stray]
+        self._bin: Sequence[_Slot] = bin_parts(where)
+        self._refused: Sequence[_Slot] = (where.rows.num_bad_sigma, where.rows.num_stray)
 
     def pack(self, sums: Sums) -> PackedSums:
         """Fetch the arrays to the host, waiting for them where they are still being computed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ __all__ = [
     "Node",
     "bin_level",
     "bin_of",
+    "bin_parts",
     "fold_bins",
     "fold_nodes",
     "split_leaves",
@@ -70,15 +71,14 @@ def sum_range(
     return dict(nodes), bins
 
 
+def bin_parts(of: Any) -> tuple[Any, ...]:
+    """What a bin holds, of sums or of anything that has their shape."""
+    rows = of.rows
+    return of.normal.num_rows, rows.num_masked, rows.residual_sum, rows.residual_square
+
+
 def bin_of(sums: Sums) -> Bin:
-    return np.array(
-        [
-            float(sums.normal.num_rows),
-            float(sums.rows.num_masked),
-            float(sums.rows.residual_sum),
-            float(sums.rows.residual_square),
-        ]
-    )
+    return np.array([float(part) for part in bin_parts(sums)])
 
 
 def _are_siblings(left: Node, right: Node) -> bool:

@@ -268,10 +268,14 @@ def _refusal_of(error: Exception, store: str, argument: str = "ds") -> OSError:
             f"({reason}); see that bucket, path and endpoint are as meant"
         )
     if isinstance(error, PermissionError) or _is_denied(error):
+        remedy = (
+            'give credentials by `storage_options`, {"anon": True} for public data on S3 and '
+            'Azure, {"token": "anon"} on Google Cloud'
+        )
+        if isinstance(error, OSError) and error.filename is not None:
+            remedy = "see that this user may read it, and enter its folders"
         return StoreDeniedError(
-            f"`{argument}` must be readable, and {store} was denied ({reason}); give credentials "
-            'by `storage_options`, {"anon": True} for public data on S3 and Azure, '
-            '{"token": "anon"} on Google Cloud'
+            f"`{argument}` must be readable, and {store} was denied ({reason}); {remedy}"
         )
     remedy = "see that endpoint and region are as meant, and that the service is up"
     if "PROPFIND" in reason:

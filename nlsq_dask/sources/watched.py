@@ -65,10 +65,19 @@ class WatchedStore(WrapperStore[ZarrStore]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """The bytes of a key, or of a part; None where there is no such key."""
+        found = await self._ask(key, prototype, byte_range)
+        if found is None:
+            await self._require_sight(key, prototype)
+            current_log().missing.add(key)
+        return found
+
+    async def _ask(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
         waits = pauses()
         while True:
             try:
-                found = await self._store.get(key, prototype, byte_range)
+                return await self._store.get(key, prototype, byte_range)
             except transport_errors() as error:
                 transport = transport_of_store(self._store)
                 wait = next(waits, None) if is_transient(error, transport) else None
@@ -76,19 +85,15 @@ class WatchedStore(WrapperStore[ZarrStore]):
                     raise
                 reason = f"{type(error).__name__}: {reason_of(error)}"
                 _LOGGER.info("Reading %r failed (%s); trying again.", key, reason)
-            else:
-                if found is None:
-                    await self._require_sight(key, prototype)
-                    current_log().missing.add(key)
-                return found
             await asyncio.sleep(wait)
 
     async def _require_sight(self, missing: str, prototype: BufferPrototype) -> None:
         is_far = not comes_at_once(transport_of_store(self._store))
         if is_far and time.monotonic() - self._seen_at < _SIGHT_SECONDS:
             return
-        for name in _metadata_around(self._path):
-            if await self._store.get(name, prototype) is not None:
+        for name, part in _descriptions(self._path):
+            found = await self._ask(name, prototype)
+            if found is not None and part in found.to_bytes():
                 self._seen_at = time.monotonic()
                 return
         raise StoreNotFoundError(
@@ -98,12 +103,13 @@ class WatchedStore(WrapperStore[ZarrStore]):
         )
 
 
-def _metadata_around(path: str) -> Iterator[str]:
-    """Keys of what describes an array: its own, or consolidated, of a group that it is in."""
-    yield from (f"{path}/{name}".lstrip("/") for name in ("zarr.json", ".zarray"))
+def _descriptions(path: str) -> Iterator[tuple[str, bytes]]:
+    """Keys of what describes an array, and what is in it: its own, or of a group around it."""
+    yield from ((f"{path}/{name}".lstrip("/"), b"") for name in ("zarr.json", ".zarray"))
     while path:
         path = path.rpartition("/")[0]
-        yield from (f"{path}/{name}".lstrip("/") for name in (".zmetadata", "zarr.json"))
+        for name, part in ((".zmetadata", b""), ("zarr.json", b'"consolidated_metadata"')):
+            yield f"{path}/{name}".lstrip("/"), part
 
 
 class LentArray(zarr.Array[Any]):
