@@ -35,7 +35,8 @@ ORDER = [
     {"normal_equations", "telemetry", "terms", "losses", "parameters.ties", "warmup.defense"},
     {"parameters.labels"},
     {"parameters.space", "warmup.normalization", "model"},
-    {"sources.buffers", "sources.staying", "sources.straight"},
+    {"sources.within", "sources.staying", "sources.straight"},
+    {"sources.buffers"},
     {"sources.retrying"},
     {"parameters.given", "sources.base", "sources.transport"},
     {

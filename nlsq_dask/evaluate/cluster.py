@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import cloudpickle
 import dask
 import distributed
-import numpy as np
 
 from nlsq_dask.by_value import pickled_by_value
 from nlsq_dask.config import HybridStreamingConfig
@@ -31,7 +30,7 @@ from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.local import CACHE_SHARE
 from nlsq_dask.evaluate.marks import fold_marks
 from nlsq_dask.evaluate.ownership import Ownership
-from nlsq_dask.evaluate.reading import held_bytes, reading_bytes
+from nlsq_dask.evaluate.reading import projected_memory
 from nlsq_dask.evaluate.touch import in_touch, is_in_touch
 from nlsq_dask.evaluate.waiting import gather_all, wait_for_all
 from nlsq_dask.evaluate.worker import (
@@ -46,7 +45,6 @@ from nlsq_dask.evaluate.worker import (
     same_spec,
 )
 from nlsq_dask.evaluate.workers import ask_all, memory_of, register_on_all, workers_of
-from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
 from nlsq_dask.sources.base import Chunk
@@ -171,18 +169,14 @@ class ClusterEvaluator:
     def memory(self) -> dict[str, Any]:
         """Projected bytes of a worker process; refused if they exceed its limit."""
         kept = self._blocks.nbytes if self._blocks.is_persisted else 0
-        projection = MemoryProjection(
+        return projected_memory(
+            self._problem,
+            self._memory_limit,
             base_bytes=max(probe["base_bytes"] for probe in self._probes.values()),
-            leaf_bytes=self._problem.plan.leaf_bytes,
-            reading_bytes=reading_bytes(self._problem.source, self._problem.plan.leaf_bytes),
             kernel_bytes=self._compile_ahead(),
             num_threads=self._num_threads,
-            held_bytes=held_bytes(self._problem.source, self._num_threads),
             cache_bytes=self._cache_bytes + kept // len(self._probes),
         )
-        limit = self._memory_limit
-        projection.require_within(limit, int(np.prod(self._problem.source.chunk_shape)))
-        return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
 
     def _compile_ahead(self) -> int:
         """Bytes that XLA needs for a leaf, from the workers, which compile the kernel to say so.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,10 +14,9 @@ from nlsq_dask.config import HybridStreamingConfig
 from nlsq_dask.evaluate.base import Pass, RangeReport, Request, fold_reports
 from nlsq_dask.evaluate.leaves import ProblemHome
 from nlsq_dask.evaluate.marks import fold_marks
-from nlsq_dask.evaluate.reading import accelerator, held_bytes, reading_bytes
+from nlsq_dask.evaluate.reading import accelerator, projected_memory
 from nlsq_dask.evaluate.tree import split_leaves
 from nlsq_dask.machine import available_memory, num_cpus, total_memory
-from nlsq_dask.plan import MemoryProjection
 from nlsq_dask.problem import Problem
 from nlsq_dask.progress import LogProgress, OnLeaves, Progress, over
 from nlsq_dask.sources.base import Chunk
@@ -142,18 +140,14 @@ class LocalEvaluator:
         needed = self._home.prepare(self._precision, self._home.leaf(0))
         if is_in_memory(self.problem.source):
             return {}
-        projection = MemoryProjection(
+        return projected_memory(
+            self.problem,
+            total_memory(),
             base_bytes=base_bytes,
-            leaf_bytes=self.problem.plan.leaf_bytes,
-            reading_bytes=reading_bytes(self.problem.source, self.problem.plan.leaf_bytes),
             kernel_bytes=needed,
             num_threads=self._num_threads,
-            held_bytes=held_bytes(self.problem.source, self._num_threads),
             cache_bytes=self._cache_bytes,
         )
-        limit = total_memory()
-        projection.require_within(limit, math.prod(self.problem.plan.leaf_shape))
-        return {"projected_bytes": projection.total_bytes, "limit_bytes": limit}
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Nobody collects events in this process beside the log."""

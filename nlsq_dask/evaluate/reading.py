@@ -6,17 +6,21 @@ A chunk that is read again has to be what it was: see ``sources/marks.py``.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 
 from nlsq_dask.errors import DataChangedError
 from nlsq_dask.evaluate.ahead import read_ahead
+from nlsq_dask.plan import MemoryProjection
+from nlsq_dask.problem import Problem
 from nlsq_dask.sources.base import Chunk, Source, check_chunk, pad_chunk
 from nlsq_dask.sources.buffers import BufferPool, lending
 from nlsq_dask.sources.columns import places_of, stored_among, transports_of
@@ -35,6 +39,7 @@ __all__ = [
     "describe_places",
     "device_room",
     "held_bytes",
+    "projected_memory",
     "reading_bytes",
 ]
 
@@ -99,6 +104,36 @@ def held_bytes(source: Source, num_threads: int) -> int:
         column.held_bytes(tuple(region[dim] for dim in column.dims), num_threads)
         for column in stored_among(source.columns.values())
     )
+
+
+def projected_memory(
+    problem: Problem,
+    limit_bytes: int | None,
+    *,
+    base_bytes: int,
+    kernel_bytes: int,
+    num_threads: int,
+    cache_bytes: int,
+) -> dict[str, Any]:
+    """Bytes that a process is expected to need at most, and its limit, as diagnostics have them.
+
+    Raises
+    ------
+    MemoryProjectionError
+        If it has a limit, and needs more.
+    """
+    source, plan = problem.source, problem.plan
+    projection = MemoryProjection(
+        base_bytes=base_bytes,
+        leaf_bytes=plan.leaf_bytes,
+        reading_bytes=reading_bytes(source, plan.leaf_bytes),
+        kernel_bytes=kernel_bytes,
+        num_threads=num_threads,
+        held_bytes=held_bytes(source, num_threads),
+        cache_bytes=cache_bytes,
+    )
+    projection.require_within(limit_bytes, math.prod(plan.leaf_shape))
+    return {"projected_bytes": projection.total_bytes, "limit_bytes": limit_bytes}
 
 
 class ChunkReader:

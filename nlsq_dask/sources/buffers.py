@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from nlsq_dask._typing import Shape
+from nlsq_dask.sources.within import set_within
 
 __all__ = ["ALIGNMENT", "BufferPool", "Empty", "aligned_empty", "is_aligned", "lender", "lending"]
 
@@ -44,14 +45,9 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 _LENDER: ContextVar[Empty | None] = ContextVar("nlsq_dask_lender", default=None)
 
 
-@contextmanager
-def lending(empty: Empty | None) -> Iterator[None]:
+def lending(empty: Empty | None) -> AbstractContextManager[None]:
     """Let columns that are read by the code within write into memory of `empty`."""
-    token = _LENDER.set(empty)
-    try:
-        yield
-    finally:
-        _LENDER.reset(token)
+    return set_within(_LENDER, empty)
 
 
 def lender() -> Empty | None:

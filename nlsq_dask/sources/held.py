@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -17,6 +17,7 @@ import numpy as np
 
 from nlsq_dask.sources.buffers import lending
 from nlsq_dask.sources.retrying import current_log, reading_log
+from nlsq_dask.sources.within import set_within
 
 __all__ = ["HeldBlocks", "Holder", "holder", "holding", "most_held"]
 
@@ -94,14 +95,9 @@ class Holder:
 _HOLDER: ContextVar[Holder | None] = ContextVar("nlsq_dask_holder", default=None)
 
 
-@contextmanager
-def holding(in_holder: Holder) -> Iterator[None]:
+def holding(in_holder: Holder) -> AbstractContextManager[None]:
     """Let columns that are read by the code within keep blocks there."""
-    token = _HOLDER.set(in_holder)
-    try:
-        yield
-    finally:
-        _HOLDER.reset(token)
+    return set_within(_HOLDER, in_holder)
 
 
 def holder() -> Holder | None:

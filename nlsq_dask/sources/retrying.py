@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from nlsq_dask.errors import StoreDamagedError
+from nlsq_dask.sources.within import set_within
 
 __all__ = ["UNDECODABLE", "ReadingLog", "current_log", "pauses", "reading_log"]
 
@@ -52,11 +53,8 @@ _LOG: ContextVar[ReadingLog | None] = ContextVar("nlsq_dask_reading_log", defaul
 def reading_log(*, may_retry: bool = True) -> Iterator[ReadingLog]:
     """Log what is read by the code within, and by the coroutines that it starts."""
     log = ReadingLog(may_retry=may_retry)
-    token = _LOG.set(log)
-    try:
+    with set_within(_LOG, log):
         yield log
-    finally:
-        _LOG.reset(token)
 
 
 def current_log() -> ReadingLog:

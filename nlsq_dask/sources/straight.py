@@ -100,14 +100,13 @@ class StraightPipeline(CheckedPipeline):
             missing.append(encoded is None)
             if encoded is None:
                 await super().read([piece], out)  # what stands for it is Zarr's to say
-                continue
-            self._require_whole(encoded)
-            if not self._unpack_into(out, wanted, encoded, spec):
+            elif not self._unpack_into(out, wanted, encoded, spec):
                 out[wanted] = (await self._decode(encoded, spec))[chosen]
         # From Zarr 3.2 on it is asked for.
         return tuple({"status": "missing" if gone else "present"} for gone in missing)
 
     async def _decode(self, encoded: Buffer, spec: ArraySpec) -> Any:
+        self._require_whole(encoded)
         steps = []
         for codec in self:  # in the order of writing
             steps.append((codec, spec))

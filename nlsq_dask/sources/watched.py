@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import xarray as xr
 import zarr
+from zarr import AsyncArray
 from zarr.abc.store import ByteRequest
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
@@ -122,9 +124,13 @@ class LentArray(zarr.Array[Any]):
         buffer = self._lent(selection, prototype)
         if comes_at_once(transport_of_store(self.store)) and can_stay():
             # Of slices an orthogonal selection is the basic one, which has no `out` in coroutines.
-            read = straight(self.async_array).get_orthogonal_selection
+            read = self._straight.get_orthogonal_selection
             return run_here(read(selection, out=buffer, prototype=prototype))
         return self.get_basic_selection(selection, out=buffer, prototype=prototype)
+
+    @functools.cached_property
+    def _straight(self) -> AsyncArray[Any]:
+        return straight(self.async_array)
 
     def _lent(self, selection: tuple[slice, ...], prototype: BufferPrototype) -> NDBuffer | None:
         empty = lender()
